@@ -1,0 +1,1 @@
+"""Training on loku_kernels: adapters, data, evaluation."""
