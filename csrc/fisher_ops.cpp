@@ -1,0 +1,142 @@
+// The Fisher kernels as torch operators; loku_kernels/backends/cpp.py calls them with arguments that it has checked.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+
+#include "cpu.h"
+#include "fisher.h"
+#include "workers.h"
+
+namespace loku {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const FisherKernelTable& choose(int64_t instruction_set) {
+  const InstructionSet set = static_cast<InstructionSet>(instruction_set);
+  STD_TORCH_CHECK(is_supported(set), "this processor lacks instruction set ", instruction_set);
+  switch (set) {
+#if defined(__x86_64__)
+    case kAvx512Bf16: return avx512bf16::fisher_kernels;
+    case kAvx512: return avx512::fisher_kernels;
+    case kAvx2: return avx2::fisher_kernels;
+#endif
+    default: return portable::fisher_kernels;
+  }
+}
+
+Element element_of(const Tensor& values) {
+  const ScalarType type = values.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "values must be float32, bfloat16 or float16");
+  return type == ScalarType::Float ? kFloat : type == ScalarType::BFloat16 ? kBFloat16 : kHalf;
+}
+
+int64_t row_stride(const Tensor& matrix) {
+  STD_TORCH_CHECK(matrix.dim() == 2 && (matrix.stride(1) == 1 || matrix.size(1) <= 1),
+                  "a matrix must have two dimensions and adjacent columns");
+  return matrix.stride(0);
+}
+
+int64_t pieces_of(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
+// One side of the blocks: `pieces` of nearly equal size, a multiple of the tile.
+int64_t block_side(int64_t size, int64_t pieces, int64_t tile) {
+  return pieces_of(pieces_of(size, pieces), tile) * tile;
+}
+
+// How F (out, in) is cut into blocks: as large as the scratch memory allows, for packing costs 1 / rows + 1 / columns,
+// but with four for every thread where a side of 64 or more is left.
+struct Grid {
+  int64_t rows, columns, across;
+
+  Grid(const FisherKernelTable& kernels, int64_t out, int64_t in, int64_t threads) {
+    const int64_t most_rows = kFisherRows / kernels.tile_rows * kernels.tile_rows;
+    const int64_t most_columns = kFisherColumns / kernels.tile_columns * kernels.tile_columns;
+    rows = block_side(out, pieces_of(out, most_rows), kernels.tile_rows);
+    columns = block_side(in, pieces_of(in, most_columns), kernels.tile_columns);
+    while (pieces_of(out, rows) * pieces_of(in, columns) < 4 * threads && std::max(rows, columns) >= 128) {
+      if (rows >= columns) {
+        rows = block_side(rows, 2, kernels.tile_rows);
+      } else {
+        columns = block_side(columns, 2, kernels.tile_columns);
+      }
+    }
+    across = pieces_of(in, columns);
+  }
+
+  FisherBlock block(int64_t number, int64_t out, int64_t in) const {
+    const int64_t row = number / across * rows, column = number % across * columns;
+    return {row, std::min(rows, out - row), column, std::min(columns, in - column)};
+  }
+};
+
+void fisher_accumulate_(Tensor fisher, Tensor inputs, Tensor grad_outputs, Tensor offsets, Tensor weights,
+                        int64_t instruction_set) {
+  const FisherProblem problem{static_cast<float*>(fisher.data_ptr()),
+                              inputs.data_ptr(),
+                              grad_outputs.data_ptr(),
+                              row_stride(fisher),
+                              row_stride(inputs),
+                              row_stride(grad_outputs),
+                              inputs.size(0),
+                              fisher.size(0),
+                              fisher.size(1),
+                              static_cast<const int64_t*>(offsets.data_ptr()),
+                              static_cast<const float*>(weights.data_ptr()),
+                              weights.numel()};
+  STD_TORCH_CHECK(fisher.scalar_type() == ScalarType::Float, "fisher must be float32");
+  STD_TORCH_CHECK(inputs.scalar_type() == grad_outputs.scalar_type(), "inputs and grad_outputs must share a dtype");
+  STD_TORCH_CHECK(inputs.size(1) == problem.in && grad_outputs.size(1) == problem.out &&
+                      grad_outputs.size(0) == problem.tokens,
+                  "inputs must be (tokens, in), grad_outputs (tokens, out) and fisher (out, in)");
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.is_contiguous() &&
+                      offsets.numel() == problem.sequences + 1,
+                  "offsets must be (S + 1,) int64, contiguous");
+  STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.is_contiguous(),
+                  "weights must be (S,) float32, contiguous");
+  if (problem.out == 0 || problem.in == 0) return;
+  const FisherKernelTable& kernels = choose(instruction_set);
+  const auto accumulate = kernels.of[element_of(inputs)].accumulate;
+  const Grid grid(kernels, problem.out, problem.in, torch::stable::get_num_threads());
+  const int64_t blocks = pieces_of(problem.out, grid.rows) * grid.across;
+  share_pieces(blocks, 1, [&] {
+    return [&, scratch = std::unique_ptr<FisherScratch>(new FisherScratch)](int64_t first, int64_t last) {
+      for (; first < last; ++first) accumulate(problem, grid.block(first, problem.out, problem.in), *scratch);
+    };
+  });
+}
+
+void fisher_accumulate_grad_(Tensor fisher, Tensor grad, double scale, int64_t instruction_set) {
+  STD_TORCH_CHECK(fisher.scalar_type() == ScalarType::Float && fisher.is_contiguous(),
+                  "fisher must be float32, contiguous");
+  STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == fisher.numel(),
+                  "grad must be contiguous and of fisher's shape");
+  constexpr int64_t kPiece = 32768;
+  const Element element = element_of(grad);
+  const auto accumulate = choose(instruction_set).of[element].accumulate_grad;
+  const int64_t count = fisher.numel();
+  float* f = static_cast<float*>(fisher.data_ptr());
+  const char* g = static_cast<const char*>(grad.data_ptr());
+  share_rows(pieces_of(count, kPiece), kPiece, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kPiece, end = std::min(last * kPiece, count);
+    accumulate(f + begin, g + begin * (element == kFloat ? 4 : 2), static_cast<float>(scale), end - begin);
+  });
+}
+
+}  // namespace
+}  // namespace loku
+
+STABLE_TORCH_LIBRARY_FRAGMENT(loku_kernels_cpp, library) {
+  library.def(
+      "fisher_accumulate_(Tensor(a!) fisher, Tensor inputs, Tensor grad_outputs, Tensor offsets, Tensor weights, int "
+      "instruction_set) -> ()");
+  library.def("fisher_accumulate_grad_(Tensor(a!) fisher, Tensor grad, float scale, int instruction_set) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(loku_kernels_cpp, CPU, library) {
+  library.impl("fisher_accumulate_", TORCH_BOX(&loku::fisher_accumulate_));
+  library.impl("fisher_accumulate_grad_", TORCH_BOX(&loku::fisher_accumulate_grad_));
+}
