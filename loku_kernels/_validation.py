@@ -1,0 +1,92 @@
+"""Checks and conversions that the public functions share. None of them looks at a tensor's values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """TypeError unless every tensor is a floating-point tensor of a dtype that the kernels serve, and of one dtype."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, but a {type(tensor).__name__} was given")
+        if tensor.dtype not in _FLOATING:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, but is {tensor.dtype}")
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name} ({first.dtype}), but is {tensor.dtype}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """ValueError unless all the tensors are on one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name} ({first.device}), but is on {tensor.device}"
+            )
+
+
+def check_labels(labels: Tensor, expected_shape: torch.Size, source: str) -> None:
+    """``labels`` must be an integer tensor with one entry for every row of ``source``."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, but a {type(labels).__name__} was given")
+    if labels.dtype not in _INTEGER:
+        raise TypeError(f"labels must be an integer tensor, but is {labels.dtype}")
+    if labels.shape != expected_shape:
+        raise ValueError(
+            f"labels must have the shape of {source} without its last dimension, {tuple(expected_shape)}, "
+            f"but has shape {tuple(labels.shape)}"
+        )
+
+
+def check_vocabulary(argument: str, vocabulary: int) -> None:
+    if vocabulary < 2:
+        raise ValueError(f"{argument} must cover a vocabulary of at least 2 entries, but covers {vocabulary}")
+
+
+def check_reduction(reduction: str, num_items_in_batch: float | Tensor | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, but is {reduction!r}")
+    if num_items_in_batch is not None and reduction != "mean":
+        raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', but reduction is {reduction!r}")
+
+
+def check_transform(logit_scale: float, logit_softcap: float | None) -> float:
+    """The soft cap as the operators take it: 0 for none."""
+    if logit_scale == 0:
+        raise ValueError("logit_scale must not be 0")
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap must be positive, or None for no cap, but is {logit_softcap}")
+    return 0.0 if logit_softcap is None else float(logit_softcap)
+
+
+def flat_labels(labels: Tensor, ignore_index: int, shift_labels: bool) -> Tensor:
+    """Labels as one int64 row; shifted, position t is scored against label t + 1 and the last against none."""
+    if shift_labels:
+        if labels.dim() == 0:
+            raise ValueError("shift_labels needs labels with a sequence dimension, but labels is a scalar")
+        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return labels.reshape(-1).to(torch.int64)
+
+
+def row_weights(name: str, weight: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight per row, of the labels' shape: from one number, or from a tensor that broadcasts to that shape."""
+    if not isinstance(weight, Tensor):
+        return torch.full((), weight, dtype=dtype, device=labels.device).expand(labels.numel())
+    if weight.requires_grad:
+        raise ValueError(f"{name} is a constant of the loss and gets no gradient: pass {name}.detach()")
+    trailing = labels.shape[labels.dim() - weight.dim() :]
+    if weight.dim() > labels.dim() or any(w not in (1, n) for w, n in zip(weight.shape, trailing, strict=True)):
+        raise ValueError(
+            f"{name} must broadcast to the shape of labels {tuple(labels.shape)}, but has {tuple(weight.shape)}"
+        )
+    check_same_device(labels=labels, **{name: weight})
+    return weight.to(dtype).expand(labels.shape).reshape(-1)

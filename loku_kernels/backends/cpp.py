@@ -1,0 +1,149 @@
+"""The C++ kernels of ``csrc/`` on CPU tensors: float32, bfloat16 and float16, at any instruction set of this processor.
+
+Loading is lazy, and a library that is missing or does not load is a reason to report, not an error.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loku_kernels.backends import formulas
+
+# In the order of `InstructionSet` in csrc/cpu.h, the best last.
+_INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
+
+
+def missing_reason() -> str | None:
+    """Why the kernels cannot be used here, or None where they can."""
+    return _load()
+
+
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """What this processor can run, the best last; empty where the kernels are not built."""
+    if _load() is not None:
+        return ()
+    supports = torch.ops.loku_kernels_cpp.supports
+    return tuple(name for number, name in enumerate(_INSTRUCTION_SETS) if supports(number))
+
+
+@dataclass(frozen=True)
+class CppBackend:
+    """The operations of ``reference`` at one instruction set: the best of this processor unless named.
+
+    Memory: one row of float32 per thread beside the outputs.
+
+    Raises:
+        ValueError: the instruction set is unknown or this processor lacks it; or the kernels are not built.
+    """
+
+    instruction_set: str | None = None
+    _number: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        usable = instruction_sets()
+        if not usable:
+            raise ValueError(f"the C++ kernels cannot be used: {missing_reason()}")
+        name = usable[-1] if self.instruction_set is None else self.instruction_set
+        if name not in usable:
+            raise ValueError(f"instruction_set must be one of {', '.join(usable)} on this processor, but is {name!r}")
+        object.__setattr__(self, "instruction_set", name)
+        object.__setattr__(self, "_number", _INSTRUCTION_SETS.index(name))
+
+    def row_losses(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ihl_weight: Tensor,
+        ce_weight: Tensor,
+        *,
+        ignore_index: int,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``reference.row_losses``. Reads every row once."""
+        rows, index = _empty_table(labels)
+        torch.ops.loku_kernels_cpp.row_losses(
+            logits, labels, ihl_weight, ce_weight, rows, index, ignore_index, scale, softcap, self._number
+        )
+        return rows, index
+
+    def row_gradient(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        coefficients: Tensor,
+        upstream: Tensor,
+        out: Tensor,
+        *,
+        ignore_index: int,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        """As ``reference.row_gradient``. Reads and writes every row once."""
+        torch.ops.loku_kernels_cpp.row_gradient(
+            logits, labels, index, coefficients, upstream, out, ignore_index, scale, softcap, self._number
+        )
+
+    def row_losses_and_gradient_(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ihl_weight: Tensor,
+        ce_weight: Tensor,
+        *,
+        ignore_index: int,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``reference.row_losses_and_gradient_``. Reads and writes every row once."""
+        rows, index = _empty_table(labels)
+        torch.ops.loku_kernels_cpp.row_losses_and_gradient_(
+            logits, labels, ihl_weight, ce_weight, rows, index, ignore_index, scale, softcap, self._number
+        )
+        return rows, index
+
+    def fisher_accumulate(
+        self, fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, offsets: Tensor, weights: Tensor
+    ) -> None:
+        """fisher (out, in) += sum over s of weights[s] * (grad_outputs[s's tokens]^T inputs[s's tokens])^2.
+
+        Args:
+            fisher: float32, rows of adjacent elements.
+            inputs, grad_outputs: (tokens, in) and (tokens, out), of one dtype, rows of adjacent elements.
+            offsets: (S + 1,) int64, contiguous; clamped to [0, tokens].
+            weights: (S,) float32, contiguous.
+
+        Memory: 1 MiB per thread, whatever the shapes.
+        """
+        torch.ops.loku_kernels_cpp.fisher_accumulate_(fisher, inputs, grad_outputs, offsets, weights, self._number)
+
+    def fisher_accumulate_grad(self, fisher: Tensor, grad: Tensor, scale: float) -> None:
+        """fisher += scale * grad^2 in float32. Both contiguous, of one shape; no memory beside them."""
+        torch.ops.loku_kernels_cpp.fisher_accumulate_grad_(fisher, grad, scale, self._number)
+
+
+@functools.cache
+def _load() -> str | None:
+    """Load the library once; the reason if that fails."""
+    package = Path(__file__).parents[1]
+    spec = PathFinder.find_spec("_C", [str(package)])
+    if spec is None or spec.origin is None:
+        return "the C++ kernels are not built (reinstall with a C++ compiler at hand)"
+    try:
+        torch.ops.load_library(spec.origin)
+    except (ImportError, OSError) as error:
+        return f"the C++ kernels do not load with torch {torch.__version__}: {error}"
+    return None
+
+
+def _empty_table(labels: Tensor) -> tuple[Tensor, Tensor]:
+    rows = torch.empty((formulas.ROW_FIELDS, labels.shape[0]), dtype=torch.float32)
+    return rows, torch.empty_like(labels)

@@ -1,0 +1,121 @@
+"""Statistics, loss and gradient coefficients of every row: the logits are read once, and 7 floats a row written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loku_kernels.backends import formulas
+from loku_kernels.backends.triton import launch
+from loku_kernels.backends.triton.configurations import TRITON_TYPES, Configuration
+from loku_kernels.backends.triton.device import read_label, row_offset, row_statistics
+from loku_kernels.backends.triton.formula import combine
+
+LOSS = tl.constexpr(formulas.LOSS)
+TARGET = tl.constexpr(formulas.TARGET)
+REST = tl.constexpr(formulas.REST)
+RUNNER_UP = tl.constexpr(formulas.RUNNER_UP)
+G_TARGET = tl.constexpr(formulas.G_TARGET)
+G_RUNNER_UP = tl.constexpr(formulas.G_RUNNER_UP)
+G_REST = tl.constexpr(formulas.G_REST)
+
+POINTERS = ("logits_ptr", "labels_ptr", "ihl_weight_ptr", "ce_weight_ptr", "rows_ptr", "index_ptr")
+INTEGERS = ("N", "T", "V", "stride_b", "stride_t", "ihl_stride", "ce_stride", "ignore_index")
+
+
+@triton.jit
+def store_row(rows_ptr, index_ptr, row, N, loss, target, rest, runner_up, g_target, g_runner_up, g_rest, index):
+    """One column of the (7, N) table, and the runner-up's index."""
+    entry = rows_ptr + row
+    tl.store(entry + LOSS * N, loss)
+    tl.store(entry + TARGET * N, target)
+    tl.store(entry + REST * N, rest)
+    tl.store(entry + RUNNER_UP * N, runner_up)
+    tl.store(entry + G_TARGET * N, g_target)
+    tl.store(entry + G_RUNNER_UP * N, g_runner_up)
+    tl.store(entry + G_REST * N, g_rest)
+    tl.store(index_ptr + row, index)
+
+
+# One program a row. The alignment is found in the kernel, row by row, so one binary serves every address and every V.
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
+def row_losses_kernel(
+    logits_ptr,  # (B, T, V), strides (stride_b, stride_t, 1)
+    labels_ptr,  # (N,) int64, N = B * T
+    ihl_weight_ptr,  # (N,), stride ihl_stride
+    ce_weight_ptr,  # (N,), stride ce_stride
+    rows_ptr,  # (7, N)
+    index_ptr,  # (N,) int64
+    N: tl.int64, T: tl.int64, V: tl.int32, stride_b: tl.int64, stride_t: tl.int64,
+    ihl_stride: tl.int64, ce_stride: tl.int64, ignore_index: tl.int64, scale: tl.float32, softcap: tl.float32,
+    GRANULE: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, TRANSFORM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target, skip, fill = read_label(labels_ptr, row, V, ignore_index)
+    if skip:
+        store_row(rows_ptr, index_ptr, row, N, fill, fill, fill, fill, fill, fill, fill, -1)
+    else:
+        row_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t)
+        z_t, rest, z_m, index = row_statistics(row_ptr, target, V, scale, softcap, GRANULE, LANES, AHEAD, TRANSFORM)
+        ihl_weight = tl.load(ihl_weight_ptr + row * ihl_stride)
+        ce_weight = tl.load(ce_weight_ptr + row * ce_stride)
+        loss, g_t, g_m, g_rest = combine(z_t, z_m, rest, ihl_weight, ce_weight)
+        store_row(rows_ptr, index_ptr, row, N, loss, z_t, rest, z_m, g_t, g_m, g_rest, index)
+
+
+def row_losses(
+    logits: Tensor,
+    labels: Tensor,
+    ihl_weight: Tensor,
+    ce_weight: Tensor,
+    *,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.row_losses``."""
+    return launch_sweep(row_losses_kernel, logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap)
+
+
+def launch_sweep(
+    kernel: triton.JITFunction,
+    logits: Tensor,
+    labels: Tensor,
+    ihl_weight: Tensor,
+    ce_weight: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Run a kernel that sweeps one row a program and returns the table and the index."""
+    (N,), (_, T, V) = labels.shape, logits.shape
+    rows = logits.new_empty(formulas.ROW_FIELDS, N, dtype=torch.float32)
+    index = torch.empty_like(labels)
+    with torch.cuda.device_of(logits):
+        kernel[(N,)](
+            logits, labels, ihl_weight, ce_weight, rows, index,
+            N, T, V, *logits.stride()[:2], ihl_weight.stride(0), ce_weight.stride(0),
+            ignore_index, scale, softcap,
+            TRANSFORM=launch.transform_name(scale, softcap), **launch.sweep_launch(V, logits.element_size()),
+        )  # fmt: skip
+    return rows, index
+
+
+def sweep_configurations(kernel: triton.JITFunction) -> Iterator[Configuration]:
+    """All that ``launch_sweep`` can ask of ``kernel``."""
+    for dtype in launch.DTYPES:
+        types = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(INTEGERS, "i64") | {"V": "i32"}
+        types |= {"logits_ptr": f"*{TRITON_TYPES[dtype]}", "labels_ptr": "*i64", "index_ptr": "*i64"}
+        types |= {"scale": "fp32", "softcap": "fp32"}
+        chosen = launch.sweep_launch(50257, dtype.itemsize, interpreted=False)
+        for transform in launch.TRANSFORMS:
+            yield Configuration(kernel, dtype, types, chosen | {"TRANSFORM": transform})
+
+
+def compile_configurations() -> Iterator[Configuration]:
+    """Every specialisation that the launch rules can choose."""
+    yield from sweep_configurations(row_losses_kernel)

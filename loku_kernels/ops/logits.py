@@ -1,0 +1,211 @@
+"""Operators on logits: one sweep forward, one sweep backward, nothing of the logits' size kept between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loku_kernels import memory
+from loku_kernels.backends import formulas, select
+from loku_kernels.backends.reference import compute_dtype
+
+
+@torch.library.custom_op("loku_kernels::unlearning_loss", mutates_args=())
+def unlearning_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ihl_weight: Tensor,
+    ce_weight: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row of logits (B, T, V): ihl_weight * IHL + ce_weight * CE, the table of statistics, the runner-up's index.
+
+    ``inplace`` lets the backward pass write the gradient over the logits.
+    """
+    check_labels(labels, logits.shape[-1], ignore_index)
+    rows, index = select(logits).row_losses(
+        unit_last_stride(logits),
+        labels,
+        ihl_weight,
+        ce_weight,
+        ignore_index=ignore_index,
+        scale=scale,
+        softcap=softcap,
+    )
+    return rows[formulas.LOSS].clone(), rows, index
+
+
+@unlearning_loss.register_fake
+def _(logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap, inplace):
+    return labels.new_empty(labels.shape, dtype=compute_dtype(logits.dtype)), *empty_table(logits, labels)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, labels, _, _, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.inplace = inputs
+    _, rows, index = output
+    ctx.mark_non_differentiable(rows, index)
+    ctx.save_for_backward(logits, labels, index, rows)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, labels, index, rows = ctx.saved_tensors
+    arguments = (labels, index, rows[formulas.COEFFICIENTS], grad_loss, ctx.ignore_index, ctx.scale, ctx.softcap)
+    if ctx.inplace:
+        logits = logits.detach()
+        row_gradient_(logits, *arguments)
+        gradient = logits
+    else:
+        gradient = row_gradient(logits, *arguments)
+    return gradient, *[None] * 7
+
+
+unlearning_loss.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("loku_kernels::target_statistics", mutates_args=())
+def target_statistics(
+    logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per row: target logit, runner-up logit, logsumexp of the rest, index of the runner-up, and the full table."""
+    check_labels(labels, logits.shape[-1], ignore_index)
+    zero = torch.zeros((), dtype=compute_dtype(logits.dtype), device=logits.device).expand(labels.shape)
+    rows, index = select(logits).row_losses(
+        unit_last_stride(logits), labels, zero, zero, ignore_index=ignore_index, scale=scale, softcap=softcap
+    )
+    return *split_statistics(rows, index), index, rows
+
+
+@target_statistics.register_fake
+def _(logits, labels, ignore_index, scale, softcap):
+    rows, index = empty_table(logits, labels)
+    return rows.new_empty(labels.shape), rows.new_empty(labels.shape), rows.new_empty(labels.shape), index, rows
+
+
+def _save_statistics(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, labels, ctx.ignore_index, ctx.scale, ctx.softcap = inputs
+    *_, index, rows = output
+    ctx.mark_non_differentiable(index, rows)
+    ctx.save_for_backward(logits, labels, index, rows)
+
+
+def _backward_statistics(
+    ctx: Any, grad_target: Tensor, grad_runner_up: Tensor, grad_rest: Tensor, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    logits, labels, index, rows = ctx.saved_tensors
+    coefficients = statistics_coefficients(rows, grad_target, grad_runner_up, grad_rest)
+    one = torch.ones((), dtype=rows.dtype, device=rows.device).expand(labels.shape)
+    gradient = row_gradient(logits, labels, index, coefficients, one, ctx.ignore_index, ctx.scale, ctx.softcap)
+    return gradient, None, None, None, None
+
+
+target_statistics.register_autograd(_backward_statistics, setup_context=_save_statistics)
+
+
+@torch.library.custom_op("loku_kernels::row_gradient", mutates_args=())
+def row_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """The gradient with respect to the logits, in a tensor of its own."""
+    out = memory.empty_gradient(logits)
+    select(logits).row_gradient(
+        unit_last_stride(logits),
+        labels,
+        index,
+        coefficients,
+        upstream,
+        out,
+        ignore_index=ignore_index,
+        scale=scale,
+        softcap=softcap,
+    )
+    return out
+
+
+@row_gradient.register_fake
+def _(logits, labels, index, coefficients, upstream, ignore_index, scale, softcap):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("loku_kernels::row_gradient_", mutates_args=("logits",))
+def row_gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> None:
+    """The gradient with respect to the logits, written over them."""
+    select(logits).row_gradient(
+        logits,
+        labels,
+        index,
+        coefficients,
+        upstream,
+        logits,
+        ignore_index=ignore_index,
+        scale=scale,
+        softcap=softcap,
+    )
+
+
+@row_gradient_.register_fake
+def _(logits, labels, index, coefficients, upstream, ignore_index, scale, softcap):
+    return None
+
+
+def empty_table(like: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """An uninitialised (7, N) table in the compute dtype of ``like``, and an (N,) index."""
+    rows = labels.new_empty((formulas.ROW_FIELDS, *labels.shape), dtype=compute_dtype(like.dtype))
+    return rows, labels.new_empty(labels.shape)
+
+
+def split_statistics(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Target logit, runner-up logit and logsumexp of the rest; zeros for ignored rows, as in the table."""
+    target, runner_up, rest = table[formulas.TARGET], table[formulas.RUNNER_UP], table[formulas.REST]
+    # Without a runner-up the row was ignored, or its label was invalid and every entry is NaN already.
+    rest = torch.where(index < 0, runner_up, runner_up + torch.log(rest))
+    return target.clone(), runner_up.clone(), rest
+
+
+def statistics_coefficients(rows: Tensor, grad_target: Tensor, grad_runner_up: Tensor, grad_rest: Tensor) -> Tensor:
+    """The gradient kernel's (4, N) coefficients for given gradients of target, runner-up and rest.
+
+    d rest / d z_v = exp(z_v - rest) = exp(z_v - z_m) / REST. Where nothing is left over, REST is 0 and so is the
+    gradient.
+    """
+    rest_sum = rows[formulas.REST]
+    g_rest = torch.where(rest_sum == 0, torch.zeros_like(rest_sum), grad_rest / rest_sum)
+    return torch.stack([rows[formulas.RUNNER_UP], grad_target, grad_runner_up, g_rest])
+
+
+def unit_last_stride(logits: Tensor) -> Tensor:
+    """The kernels read rows of adjacent elements; any other layout is copied into one."""
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Refuse labels outside the vocabulary where looking costs no synchronisation (on the CPU)."""
+    if labels.device.type != "cpu":
+        return
+    outside = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, {vocabulary}) or be ignore_index ({ignore_index}), "
+            f"but label {int(labels[row])} was given (row {row} of the flattened labels)"
+        )

@@ -1,0 +1,69 @@
+"""What the losses return beside the loss, and how rows become one number."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loku_kernels.backends import formulas
+
+
+class RowStatistics(NamedTuple):
+    """What one sweep learns about every row, each of the labels' shape, without gradient.
+
+    Ignored rows have loss, target_probability and runner_up_probability 0, runner_up_index -1 and correct False.
+    """
+
+    loss: Tensor
+    """The row's own loss, before any reduction."""
+    target_probability: Tensor
+    """p_t, the probability of the label."""
+    runner_up_probability: Tensor
+    """p_m, the largest probability of any other token."""
+    runner_up_index: Tensor
+    """The token that has it, the lowest on ties (int64)."""
+    correct: Tensor
+    """Whether argmax, with ties going to the lowest index, is the label (bool)."""
+
+
+class TargetStatistics(NamedTuple):
+    """Four numbers per row, each of the labels' shape, from which token-level losses are a line of torch.
+
+    ``target``, ``runner_up`` and ``rest`` carry gradients to the logits. With d = target - runner_up and
+    q = logaddexp(runner_up, rest) - target: p_t = sigmoid(-q), log p_t = -softplus(q), 1 - p_t = sigmoid(q).
+    Ignored rows are 0, with index -1.
+    """
+
+    target: Tensor
+    """z_t, the label's logit."""
+    runner_up: Tensor
+    """z_m, the largest other logit."""
+    runner_up_index: Tensor
+    """m, the lowest on ties (int64)."""
+    rest: Tensor
+    """logsumexp of z_v over v other than t and m; -inf where there is none."""
+
+
+def row_statistics(table: Tensor, index: Tensor, labels: Tensor, shape: torch.Size) -> RowStatistics:
+    """Read a (7, N) table of the backends; ``labels`` are the flat ones."""
+    table = table.detach()
+    target, runner_up = table[formulas.TARGET], table[formulas.RUNNER_UP]
+    p_target, p_runner_up = formulas.probabilities(target, runner_up, table[formulas.REST])
+    counted = index >= 0
+    leads = (target > runner_up) | ((target == runner_up) & (labels < index))
+    return RowStatistics(
+        loss=table[formulas.LOSS].reshape(shape),
+        target_probability=torch.where(counted, p_target, table[formulas.LOSS]).reshape(shape),
+        runner_up_probability=torch.where(counted, p_runner_up, table[formulas.LOSS]).reshape(shape),
+        runner_up_index=index.reshape(shape),
+        correct=(leads & counted).reshape(shape),
+    )
+
+
+def normalizer(labels: Tensor, ignore_index: int, num_items_in_batch: float | Tensor | None) -> float | Tensor:
+    """The divisor of a mean: the caller's, or the number of labels that count; 1 where none does, so 0 / 1 is 0."""
+    if num_items_in_batch is not None:
+        return num_items_in_batch
+    return (labels != ignore_index).sum().clamp(min=1)
