@@ -1,0 +1,42 @@
+"""Which tokens of a batch form a sequence, and which labels they are scored against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def sequence_offsets(batch: Mapping[str, Tensor]) -> Tensor:
+    """Bounds (S + 1,) of the sequences of a batch as data collators make it, int64, counted through all its rows.
+
+    From ``cu_seq_lens_q`` where it is given. Otherwise each row begins a sequence, and so does, in a packed batch, each
+    position 0 of ``position_ids`` that ``attention_mask`` (batch, tokens), if given, does not mask out. Padding belongs
+    to some sequence, to which it adds nothing. With position_ids on a GPU this waits for the device.
+    """
+    if batch.get("cu_seq_lens_q") is not None:
+        return batch["cu_seq_lens_q"].reshape(-1).to(torch.int64)
+    rows, length = batch["labels"].shape
+    positions = batch.get("position_ids")
+    if positions is None:
+        return torch.arange(rows + 1) * length
+    starts = (positions == 0).expand(rows, length).clone()
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        starts &= mask != 0
+    starts[:, 0] = True
+    return torch.nn.functional.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=rows * length)
+
+
+def next_token_labels(labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+    """``labels`` (batch, tokens) moved one position ahead; the last token of a sequence is scored against nothing."""
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index).flatten()
+    shifted[offsets[1:-1].to(labels.device) - 1] = ignore_index
+    return shifted.view(labels.shape)
+
+
+def label_counts(targets: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+    """Labels that count in each sequence, (S,) int64, from labels that were moved already."""
+    counted = torch.nn.functional.pad((targets.flatten() != ignore_index).cumsum(0), (1, 0))
+    return counted[offsets.to(targets.device)].diff()
