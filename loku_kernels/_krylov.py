@@ -1,0 +1,111 @@
+"""The leading eigenspace of M = A A^T by a block Krylov iteration, with an estimate of the energy it still misses.
+
+The space is span{X, M X, M^2 X, ...} for a Gaussian block X. Its rows stay orthonormal by projecting every new block
+twice against all earlier ones, so the matrix of M in it is read off the projection's own coefficients. Vectors are
+rows: a block is (block, size), the layout that both the products with A and LAPACK's QR want.
+
+The energy of a space is the sum of the `rank` largest eigenvalues of M in it (Ritz values). It grows with every step
+towards the sum over M itself, which is not known. Two estimates of the difference, each blind where the other sees:
+
+- The last gain, continued geometrically. It is too small in a cluster of nearly equal eigenvalues, which the space
+  first finds as a whole, with quickly shrinking gains, and only later takes apart.
+- The residuals of the Ritz pairs: an eigenvalue lies within ||r|| of each Ritz value. Their sum is too small where an
+  eigenvector has not been met, so that the eigenvalue is another one. (It is of first order, and ||r||^2 / gap would be
+  of second, but in a cluster larger than the block the gap to the next Ritz value is not that of the spectrum.)
+
+Over random flat, clustered and power-law spectra the first alone stopped too early in 1% of runs, by factors up to 4;
+the larger of the two in none. A block at least as wide as the rank belongs to this: a narrower one sees only part of a
+repeated eigenvalue, and stops gaining, with small residuals, without having converged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Gains before the fourth step still belong to the start block rather than to the spectrum.
+MIN_STEPS = 4
+_SAFETY = 3.0
+_MIN_RATIO, _MAX_RATIO = 0.4, 0.9
+
+
+class BlockKrylov:
+    """The space, grown a block at a time. `apply` maps rows (block, size) to rows @ M."""
+
+    def __init__(self, apply: Callable[[Tensor], Tensor], start: Tensor, rank: int, generator: torch.Generator):
+        self.apply, self.rank, self.generator = apply, rank, generator
+        self.block, self.size = start.shape
+        self.basis = start.new_empty(0, self.size)  # rows beyond `dimension` are room to grow
+        self.projected = start.new_empty(0, 0, dtype=torch.float64, device="cpu")  # M in the basis
+        self.dimension = 0
+        self.energies: list[float] = []
+        self._next = _orthonormal(start)
+
+    def step(self) -> None:
+        """Take in the next block. Synchronises: the small eigenproblem is solved on the host."""
+        old, new = self.dimension, self.dimension + self.block
+        if new > len(self.basis):
+            self.basis = torch.cat([self.basis, self.basis.new_empty(max(8 * self.block, old), self.size)])
+        self.basis[old:new] = self._next
+        self.dimension = new
+        coefficients, outside = self._multiply()
+        self._extend_projected(coefficients.to("cpu", torch.float64))
+        values, vectors = torch.linalg.eigh(self.projected)
+        values, self._leading = values.flip(0), vectors[:, -self.rank :].flip(1)
+        last = self._leading[old:]
+        self._residuals = float(((outside.cpu() @ last) * last).sum(dim=0).clamp(min=0).sqrt().sum())
+        self.energies.append(float(values[: self.rank].sum()))
+
+    def leading(self) -> Tensor:
+        """The (rank, size) orthonormal rows that hold the most energy, in decreasing order."""
+        return self._leading.T.to(self.basis) @ self.basis[: self.dimension]
+
+    def missing(self) -> float:
+        """An estimate, meant to err upwards, of the energy that further steps would add; infinite while unknown."""
+        return max(continued_gains(self.energies), self._residuals)
+
+    def _multiply(self) -> tuple[Tensor, Tensor]:
+        """Set the next block from M times the newest, and return the coefficients of the part of it that lies in the
+        basis, (block, dimension), with the Gram matrix of the part outside, (block, block)."""
+        image = self.apply(self._next)
+        basis = self.basis[: self.dimension]
+        coefficients = image @ basis.T
+        # Noise as large as the rounding errors of `image` gives generic directions where the space is exhausted,
+        # in which QR would otherwise fill in unit vectors that may already be in the basis.
+        eps = torch.finfo(image.dtype).eps
+        noise = torch.randn(image.shape, generator=self.generator, dtype=image.dtype, device=image.device)
+        height = torch.linalg.vector_norm(image, dim=1, keepdim=True) + eps
+        rows = torch.addcmul(image, noise, height, value=eps / self.size**0.5)
+        rows = torch.addmm(rows, coefficients, basis, alpha=-1)
+        outside = rows.double() @ rows.double().T
+        rows = _orthonormal(rows)
+        self._next = _orthonormal(torch.addmm(rows, rows @ basis.T, basis, alpha=-1))
+        return coefficients, outside
+
+    def _extend_projected(self, coefficients: Tensor) -> None:
+        grown = coefficients.new_empty(self.dimension, self.dimension)
+        old = self.dimension - self.block
+        grown[:old, :old] = self.projected
+        grown[old:] = coefficients
+        grown[:old, old:] = coefficients[:, :old].T
+        self.projected = grown
+
+
+def continued_gains(energies: Sequence[float]) -> float:
+    """What the gains still add up to if they go on shrinking at the slower of their two last ratios."""
+    if len(energies) < MIN_STEPS:
+        return float("inf")
+    first, second, third = (max(b - a, 0.0) for a, b in zip(energies[-4:-1], energies[-3:], strict=True))
+    ratio = max(_ratio(second, first), _ratio(third, second))
+    ratio = min(max(ratio, _MIN_RATIO), _MAX_RATIO)
+    return _SAFETY * third * ratio / (1 - ratio)
+
+
+def _ratio(later: float, earlier: float) -> float:
+    return later / earlier if earlier > 0 else float(later > 0)
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    return torch.linalg.qr(rows.T)[0].T
