@@ -1,0 +1,131 @@
+"""Saving what was trained, and going on from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import load_peft_weights
+from torch import nn
+
+from loku.fila.config import FilaConfig
+from loku.fila.fingerprint import check_fingerprints
+from loku.fila.initialise import attach
+from loku.fila.stored_form import RECORD_NAME, initial_factors, live_config
+from loku.fila.targets import check_residual, is_quantised, lora_layers
+
+
+def save_fila_adapter(model: PeftModel, path: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Saves the adapter as one of rank 2r that ``PeftModel.from_pretrained(base, path)`` loads on the unmodified base.
+
+    Writes ``adapter_model.safetensors``, ``adapter_config.json``, a model card and ``fila.json`` (fingerprints of
+    the base and the settings, for `load_fila_adapter`) into the folder ``path``, each under a temporary name first.
+
+    Raises:
+        TypeError, ValueError: model is no PeftModel, or FILA was not applied to this adapter.
+    """
+    _check_initialised(model, adapter_name)
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        model.save_pretrained(temporary, selected_adapters=[adapter_name])
+        written = Path(temporary) if adapter_name == "default" else Path(temporary, adapter_name)
+        _move_files(written, path)
+
+
+def save_merged(model: PeftModel, path: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Saves the base model with the adapter merged in, for ``AutoModelForCausalLM.from_pretrained(path)``.
+
+    Merges a copy of the model, which therefore must fit in memory twice; ``model`` stays as it is.
+
+    Raises:
+        TypeError, ValueError: as `save_fila_adapter`; a weight is quantised.
+    """
+    layers = _check_initialised(model, adapter_name)
+    quantised = next((name for name, layer in layers.items() if is_quantised(layer)), None)
+    if quantised is not None:
+        raise ValueError(
+            f"the weight of {quantised} is quantised, and merging would round it anew; save the adapter, load it on "
+            "the base model in floating point, and merge that"
+        )
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=[adapter_name])
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        merged.save_pretrained(temporary)
+        _move_files(Path(temporary), path)
+
+
+@torch.no_grad()
+def load_fila_adapter(
+    base_model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    config: FilaConfig | None = None,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """A trainable PeftModel that goes on from a saved adapter, or from a trainer's checkpoint.
+
+    To use the adapter, not train it, ``PeftModel.from_pretrained`` is enough. Here the stored rank-2r factors are taken
+    apart again, and the residual base (or the shadow) is rebuilt from the adapter's own initial factors, without a
+    weighted SVD.
+
+    Args:
+        base_model: the unmodified base model; its weights are compared with the fingerprints taken at the start.
+        path: a folder written by `save_fila_adapter` or ``model.save_pretrained``.
+        config: the mode and residual_dtype to go on with; by default those of the saved adapter.
+
+    Raises:
+        ValueError: there is no FILA adapter at path, or base_model is not the one it belongs to.
+    """
+    record_path = Path(path, RECORD_NAME)
+    if not record_path.is_file():
+        raise ValueError(f"{path} has no {RECORD_NAME}: no FILA adapter was saved there")
+    record = json.loads(record_path.read_text())
+    config = config or _config(record["config"])
+    model = get_peft_model(base_model, live_config(LoraConfig.from_pretrained(path), record), adapter_name=adapter_name)
+    layers = lora_layers(model, adapter_name)
+    try:
+        weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+        check_fingerprints(record["fingerprints"], weights, f"the adapter in {path}")
+        if config.mode == "residual":
+            check_residual(model, layers, adapter_name)
+    except ValueError:
+        model.unload()
+        raise
+    stored = load_peft_weights(str(path), device="cpu")
+    initial = {
+        name: initial_factors(*(stored[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")) for name in layers
+    }
+    attach(model, layers, adapter_name, initial, config, record["importance"])
+    model.load_adapter(str(path), adapter_name, is_trainable=True)
+    return model
+
+
+def _check_initialised(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    layers = lora_layers(model, adapter_name)
+    without = next((name for name, layer in layers.items() if not hasattr(layer.lora_A[adapter_name], "initial")), None)
+    if without is not None:
+        raise ValueError(f"FILA was not applied to the adapter {adapter_name!r}: {without} has no initial factors")
+    return layers
+
+
+def _config(settings: dict) -> FilaConfig:
+    dtype = settings["residual_dtype"]
+    return FilaConfig(**{**settings, "residual_dtype": dtype and getattr(torch, dtype.removeprefix("torch."))})
+
+
+def _move_files(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file():
+            os.replace(file, target / file.name)
+        else:
+            shutil.copytree(file, target / file.name, dirs_exist_ok=True)
