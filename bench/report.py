@@ -1,0 +1,107 @@
+"""What a run leaves behind: tables in the terminal, and the same as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import Measurement
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("loku-kernels", "torch", "triton", "liger-kernel", "cut-cross-entropy")
+
+
+@dataclass
+class Report:
+    """All that one run found."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    targets: list[dict[str, Any]] = field(default_factory=list)
+    not_run: set[str] = field(default_factory=set)
+
+    def write_tables(self, write: Callable[[str], None], section: Callable[[str], None]) -> None:
+        section("measurements")
+        write(f"{hardware()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+        write("medians of interleaved rounds; spread: the middle half of the rounds; MiB: peak beyond the inputs")
+        for workload, group in groupby(self.measurements, key=lambda m: m.workload):
+            _write_table(write, workload, list(group))
+        section("targets")
+        for t in self.targets:
+            found = f"{t['what']}: {t['value']:.2f} ({t['bound']})"
+            write(f"{'met   ' if t['met'] else 'missed'} {t['workload']:<58} {found}")
+        for line in sorted(self.not_run):
+            write(f"not run  {line}")
+
+    def save(self, path: Path) -> None:
+        """As JSON; under a temporary name first, so that no reader sees half a file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results = {
+            "hardware": hardware(),
+            "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), **_versions()},
+            "commit": _commit(),
+            "date": datetime.date.today().isoformat(),
+            "measurements": [m.to_json() for m in self.measurements],
+            "targets": self.targets,
+            "not_run": sorted(self.not_run),
+        }
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps(results, indent=1))
+        temporary.replace(path)
+
+    def absorb(self, path: Path) -> None:
+        """Take in what another process saved."""
+        results = json.loads(path.read_text())
+        self.measurements.extend(map(Measurement.from_json, results["measurements"]))
+        self.targets.extend(results["targets"])
+        self.not_run.update(results["not_run"])
+
+
+def default_path() -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-")
+    return RESULTS / f"{slug}-{datetime.date.today().isoformat()}.json"
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _write_table(write: Callable[[str], None], workload: str, group: list[Measurement]) -> None:
+    ours = next((m.median_ms for m in group if m.role == "ours"), None)
+    heading = f"{'ms':>9}{'spread':>8}{'/ ours':>8}{group[0].unit:>10}{'MiB':>8}{'of limit':>10}"
+    write("")
+    write(f"{workload:<64}{heading}")
+    for m in group:
+        relative = "" if ours is None else f"{m.median_ms / ours:.2f}"
+        share = "" if m.share_of_limit is None else f"{m.share_of_limit:.0%}"
+        write(
+            f"  {m.role:<6}{m.candidate:<56}{m.median_ms:>9.2f}{m.spread:>8.0%}{relative:>8}{m.rate:>10.1f}"
+            f"{m.peak_mib:>8.0f}{share:>10}"
+        )
+
+
+def _versions() -> dict[str, str]:
+    installed = {distribution.name.lower().replace("_", "-") for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+    return done.stdout.strip() or "unknown"

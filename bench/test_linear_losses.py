@@ -1,0 +1,128 @@
+"""Losses from hidden states with a frozen head: time and memory beside the bare GEMMs, torch and other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from bench.harness import MIB, Candidate, forward_backward, leaf
+from bench.peers import compiled, linear_cross_entropies
+from loku.formulations import eager_ihl
+from loku_kernels import fused_linear_cross_entropy, fused_linear_ihl, launch
+
+SHAPES = [(2048, 768, 50257), (1024, 2048, 51200), (512, 4096, 32000)]
+if torch.cuda.is_available():
+    SHAPES = [(8192, d, v) for _, d, v in SHAPES]
+QUICK_SHAPES = [(64, 64, 5003)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def problem(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    n, d, v = shape
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, d, generator=generator, device=device).to(dtype)
+    weight = (torch.randn(v, d, generator=generator, device=device) * 2 / d**0.5).to(dtype)
+    return leaf(hidden), weight, torch.randint(0, v, (n,), generator=generator, device=device)
+
+
+def eager_linear_ihl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return eager_ihl(linear(hidden, weight), labels)
+
+
+def agrees_with(
+    loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, labels: Tensor, rows: int = 16
+) -> Callable[[Any], None]:
+    """A check against float64 of the first rows' gradients of the mean over all labels that count."""
+    exact = leaf(hidden[:rows].double())
+    counted = labels[:rows] != -100
+    loss(linear(exact[counted], weight.double()), labels[:rows][counted]).backward()
+    truth = exact.grad * (counted.sum() / (labels != -100).sum())
+    bound = 2e-5 if hidden.dtype == torch.float32 else 3e-2
+
+    def check(result: tuple[Tensor, tuple[Tensor]]) -> None:
+        _, (gradient,) = result
+        assert (gradient[:rows].double() - truth).norm() < bound * truth.norm()
+
+    return check
+
+
+def bare_gemms(hidden: Tensor, weight: Tensor, grad_logits: Tensor) -> list[Candidate]:
+    """logits = hidden W^T and grad_hidden = grad_logits W, by each route that torch has."""
+
+    def by_mm() -> None:
+        torch.mm(hidden, weight.t())
+        torch.mm(grad_logits, weight)
+
+    def by_onednn() -> None:
+        product = torch.ops.mkldnn._linear_pointwise
+        product(hidden, weight, None, "none", [], "")
+        product(grad_logits, weight.t(), None, "none", [], "")
+
+    routes = [Candidate("two bare GEMMs, torch.mm", "limit", by_mm)]
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float32:
+        routes.append(Candidate("two bare GEMMs, oneDNN", "limit", by_onednn))
+    return routes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_frozen_head(bench, shape, dtype):
+    hidden, weight, labels = problem(shape, dtype, bench.device)
+    n, d, v = shape
+    check_ihl, check_ce = (agrees_with(loss, hidden, weight, labels) for loss in (eager_ihl, cross_entropy))
+
+    def candidate(name: str, role: str, loss: Callable[..., Tensor], check: Callable, every: int = 1) -> Candidate:
+        return Candidate(name, role, forward_backward(lambda: loss(hidden, weight, labels), hidden), every, check)
+
+    candidates = [
+        candidate("fused_linear_ihl", "ours", fused_linear_ihl, check_ihl),
+        candidate("fused_linear_cross_entropy", "ours", fused_linear_cross_entropy, check_ce),
+        *bare_gemms(hidden.detach(), weight, torch.rand(n, v, device=bench.device).to(dtype)),
+        candidate("torch eager", "peer", eager_linear_ihl, check_ihl, 3),
+        candidate("torch.compile", "peer", compiled(eager_linear_ihl), check_ihl, 3),
+        *linear_cross_entropies(bench, hidden, weight, labels, check_ce),
+    ]
+    workload = f"hidden states, {n} x {d} x {v} {str(dtype)[6:]}"
+    found = bench.measure(workload, candidates, work=4 * n * d * v, unit="GFLOP/s")
+    ours = found["fused_linear_ihl"]
+    bench.target(workload, "ours / fastest bare GEMMs", 1 / ours.share_of_limit, 1.05)
+    if dtype == torch.float32 and bench.device.type == "cpu":
+        bench.target(workload, "eager / ours", found["torch eager"].median_ms / ours.median_ms, 2.4, at_least=True)
+    bench.target(
+        workload,
+        "peak memory beside the gradients, in chunks of logits",
+        (ours.peak_mib - 2 * hidden.nbytes / MIB) / chunk_mib(shape, dtype, bench.device),
+        2.0,
+    )
+
+
+def chunk_mib(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
+    n, d, v = shape
+    budget = launch.default_chunk_bytes(d, device.type)
+    return launch.chunk_rows(n, v, dtype.itemsize, budget) * v * dtype.itemsize / MIB
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ignored_rows(bench, shape, dtype):
+    """60% of the labels ignored, as prompts are: the time should follow the rows that count."""
+    hidden, weight, labels = problem(shape, dtype, bench.device)
+    ignored = labels.masked_fill(torch.arange(len(labels), device=labels.device) % 5 < 3, -100)
+    rows = (ignored >= 0).nonzero().squeeze(1)
+
+    workload = f"hidden states, 60% ignored, {' x '.join(map(str, shape))} {str(dtype)[6:]}"
+    candidates = [
+        Candidate(
+            "40% of the rows count",
+            "ours",
+            forward_backward(lambda: fused_linear_ihl(hidden, weight, ignored, rows=rows), hidden),
+            check=agrees_with(eager_ihl, hidden, weight, ignored),
+        ),
+        Candidate("all rows count", "ours", forward_backward(lambda: fused_linear_ihl(hidden, weight, labels), hidden)),
+    ]
+    found = bench.measure(workload, candidates, work=4 * len(rows) * shape[1] * shape[2], unit="GFLOP/s")
+    share = found["40% of the rows count"].median_ms / found["all rows count"].median_ms
+    bench.target(workload, "time, share of that for all rows", share, 0.45)
