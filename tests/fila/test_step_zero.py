@@ -1,0 +1,174 @@
+"""At step 0 the model is the base model: within a bound (residual), or exactly (shadow)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from fila_models import FAMILIES, adapted, build, logits, original_weights, some_state, token_ids, train
+
+from loku.fila import FilaConfig, initialize_lora_fila_weights
+from loku.fila.targets import base_weight, lora_layers
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def started(base, mode="residual", residual_dtype=None, **options):
+    model = adapted(base, **options)
+    config = FilaConfig(mode=mode, residual_dtype=residual_dtype)
+    initialize_lora_fila_weights(model, some_state(model), config=config, show_progress_bar=False)
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_residual_weights(family, dtype):
+    """|W' + s B A - W| <= u |W'| + 4 u32 (|W| + s |B| |A|), elementwise: one rounding to the weight's dtype, whose unit
+    roundoff is u, of a result that is right in float32 (u32; in float64 for float64 weights)."""
+    base = build(family, dtype)
+    model, weights = started(base), original_weights(base)
+    unit = torch.finfo(dtype).eps / 2
+    wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    for name, layer in lora_layers(model, "default").items():
+        A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        s, residual = layer.scaling["default"], base_weight(layer)
+        assert residual.dtype == dtype
+        residual = residual.double()
+        tiny = torch.finfo(dtype).smallest_normal * unit
+        bound = unit * residual.abs() + 4 * wide * (weights[name].abs() + s * B.abs() @ A.abs()) + tiny
+        assert bool(((residual + s * B @ A - weights[name]).abs() <= bound).all()), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_residual_logits(family, dtype):
+    """The logits are within 3 times the base model's own error in the same dtype, measured against float64."""
+    base = build(family, dtype)
+    exact = logits(copy.deepcopy(base).double()) if dtype != torch.float64 else logits(base)
+    own = (logits(base).double() - exact).norm() if dtype != torch.float64 else 1e-12 * exact.norm()
+    assert (logits(started(base)).double() - exact).norm() <= 3 * own
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_with_the_residual_adapter_off_the_model_is_the_base(family, dtype):
+    """To the same bound as at step 0, after training, and again after merging."""
+    base = build(family, dtype)
+    model = started(base)
+    train(model)
+    trained = logits(model)
+    exact = logits(copy.deepcopy(base).double()) if dtype != torch.float64 else logits(base)
+    own = (logits(base).double() - exact).norm() if dtype != torch.float64 else 1e-12 * exact.norm()
+    with model.disable_adapter():
+        assert (logits(model).double() - exact).norm() <= 3 * own
+    assert torch.equal(logits(model), trained)
+    if dtype == torch.float64:
+        model.merge_adapter()
+        with model.disable_adapter():
+            torch.testing.assert_close(logits(model), exact, rtol=0, atol=1e-10)
+
+
+def test_a_mixed_batch_is_refused_over_a_residual():
+    model = started(build("llama"))
+    alone = model(token_ids(2), adapter_names=["default"] * 2).logits
+    torch.testing.assert_close(alone, model(token_ids(2)).logits)
+    with pytest.raises(ValueError, match="batches that mix adapters need a base that is left alone"):
+        model(token_ids(2), adapter_names=["default", "__base__"])
+
+
+def test_a_residual_without_its_adapter_does_not_run():
+    model = started(build("llama"))
+    model.delete_adapter("default")
+    with pytest.raises(RuntimeError, match="the FILA adapter 'default' was deleted, which leaves its residual base"):
+        model.get_base_model()(token_ids())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["phi", "gpt2"])
+def test_residual_in_float32_under_a_16_bit_model(family, dtype):
+    """Nothing is rounded: W' + s B A is W to float32 accuracy, and the model still computes in its own dtype."""
+    base = build(family, dtype)
+    model, weights = started(base, residual_dtype=torch.float32), original_weights(base)
+    for name, layer in lora_layers(model, "default").items():
+        A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        restored = base_weight(layer).double() + layer.scaling["default"] * B @ A
+        assert base_weight(layer).dtype == torch.float32
+        torch.testing.assert_close(restored, weights[name], rtol=0, atol=1e-6 * float(weights[name].abs().max()))
+    exact = logits(copy.deepcopy(base).double())
+    out = logits(model)
+    assert out.dtype == dtype
+    assert (out.double() - exact).norm() <= 1.5 * (logits(base).double() - exact).norm()
+    train(model, steps=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_shadow_is_exact(family, dtype):
+    """Bit for bit, at step 0; and after training with the adapter disabled."""
+    base = build(family, dtype)
+    model = started(base, "shadow")
+    assert torch.equal(logits(model), logits(base))
+    train(model, steps=2)
+    assert not torch.equal(logits(model), logits(base))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    for name, weight in original_weights(base).items():
+        assert torch.equal(base_weight(lora_layers(model, "default")[name]).double(), weight), name
+
+
+def test_shadow_under_autocast():
+    base = build("llama")
+    model = started(base, "shadow")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(model), logits(base))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_both_modes_train_alike(family):
+    base = build(family, torch.float64)
+    residual, shadow = started(base), started(base, "shadow")
+    for model in (residual, shadow):
+        train(model)
+    torch.testing.assert_close(logits(residual), logits(shadow), rtol=0, atol=1e-9)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    base = build("llama", torch.float64)
+    plain, checkpointed = started(base, "shadow"), started(base, "shadow")
+    checkpointed.enable_input_require_grads()
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for model in (plain, checkpointed):
+        model.train()
+        model(token_ids(), labels=token_ids()).loss.backward()
+    gradients = dict(checkpointed.named_parameters())
+    trained = [(name, p.grad) for name, p in plain.named_parameters() if p.requires_grad]
+    assert trained and all(torch.equal(gradients[name].grad, grad) for name, grad in trained)
+    assert sum(bool(grad.any()) for _, grad in trained) == len(trained)  # A and B both, from the first step on
+
+
+@pytest.mark.parametrize("mode", ["residual", "shadow"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merging_and_unmerging(family, mode):
+    base = build(family, torch.float64)
+    model = started(base, mode)
+    train(model)
+    before = logits(model)
+    for safe in (False, True):
+        model.merge_adapter(safe_merge=safe)
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-10)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-10)
+    torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=0, atol=1e-10)
+
+
+def test_a_second_adapter_stays_itself_beside_a_shadow():
+    base = build("llama", torch.float64)
+    model = started(base, "shadow")
+    model.add_adapter("other", copy.copy(adapted(base).peft_config["default"]))
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(base))
+    mixed = model(token_ids(2), adapter_names=["default", "other"]).logits
+    torch.testing.assert_close(mixed, base(token_ids(2)).logits, rtol=0, atol=1e-12)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), logits(base))

@@ -1,0 +1,32 @@
+"""Every route of the matrix products gives the product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loku_kernels import gemm
+
+
+@pytest.mark.parametrize("slow_mkl", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (64, 64, 64), (100, 70, 130), (0, 64, 64)])
+def test_float32_products_keep_float32_accuracy(monkeypatch, slow_mkl, shape):
+    """oneDNN's route, forced on and off, on contiguous and transposed operands."""
+    monkeypatch.setattr(gemm, "_mkl_is_slow_here", lambda: slow_mkl)
+    n, k, m = shape
+    a, b, bias = torch.randn(n, k), torch.randn(k, m), torch.randn(m)
+    truth = a.double() @ b.double()
+    bound = {"rtol": 0.0, "atol": 1e-6 * k}
+    torch.testing.assert_close(gemm.mm(a, b).double(), truth, **bound)
+    torch.testing.assert_close(gemm.mm(a, b.t().contiguous().t()).double(), truth, **bound)
+    torch.testing.assert_close(gemm.mm(a.t().contiguous().t(), b).double(), truth, **bound)
+    torch.testing.assert_close(gemm.linear(a, b.t(), bias).double(), truth + bias, **bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_add_outer_sums_in_the_dtype_of_the_total(device, dtype):
+    a, b = torch.randn(200, 30).to(device, dtype), torch.randn(200, 20).to(device, dtype)
+    total = torch.randn(30, 20, device=device)
+    expected = total.double() + a.double().t() @ b.double()
+    gemm.add_outer_(total, a, b)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)

@@ -1,0 +1,467 @@
+"""The losses from logits, on every backend, against eager torch in float64."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+from oracle import (
+    DTYPES,
+    VOCABULARIES,
+    assert_no_worse,
+    eager_cross_entropy,
+    eager_ihl,
+    eager_loss,
+    loss_and_gradient,
+    random_problem,
+)
+
+import loku_kernels as lk
+from loku_kernels.backends import select
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_loss_and_gradient_are_no_worse_than_eager(backend, device, dtype, vocabulary):
+    logits, labels = random_problem(5, vocabulary, dtype, device)
+    ihl_weight = torch.tensor([1.0, 1.0, 0.5, 0.0, 1.0], device=device)
+    ce_weight = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.25], device=device)
+    upstream = torch.tensor([1.0, 3.0, -2.0, 0.5, 7.0], device=device)
+
+    def ours(z):
+        return lk.fused_unlearning_loss(z, labels, ihl_weight, ce_weight, reduction="none")
+
+    def eager(z):
+        return eager_loss(z, labels, ihl_weight.to(z.dtype), ce_weight.to(z.dtype))
+
+    before = logits.clone()
+    loss, gradient = loss_and_gradient(ours, logits, upstream)
+    assert torch.equal(logits, before)
+    eager_rows, eager_gradient = loss_and_gradient(eager, logits, upstream)
+    true_rows, true_gradient = loss_and_gradient(eager, logits.double(), upstream.double())
+    assert_no_worse(loss, eager_rows, true_rows, torch.float32, "loss")
+    assert_no_worse(gradient, eager_gradient, true_gradient, dtype, "gradient")
+    assert loss[1] == 0 and not gradient[1].any()
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, -100.0])
+@pytest.mark.parametrize("exponent", [1, 3, 6, 9, 12])
+@pytest.mark.parametrize("leader", ["target", "runner_up"])
+def test_rows_within_rounding_of_certainty(backend, device, leader, exponent, offset):
+    """Where p_t, or p_m, is 1 - 10^-exponent, float32 keeps a relative error under 1e-5; eager has no digit left."""
+    vocabulary, target, runner_up = 50, 7, 31
+    logits = torch.linspace(-1.5, 0.5, vocabulary) + offset
+    logits[target], logits[runner_up] = 0.75 + offset, 1.0 + offset
+    leading, trailing = (target, runner_up) if leader == "target" else (runner_up, target)
+    logits[leading] = math.log(10**exponent) + math.log(vocabulary / 2) + offset
+    exact_loss, exact_gradient = _exact_ihl(logits, target)
+
+    z = logits.to(device).requires_grad_()
+    loss = lk.fused_ihl(z, torch.tensor(target, device=device))
+    loss.backward()
+    gradient = z.grad.cpu().double()
+    scale = exact_gradient.abs().max()
+    assert ((gradient - exact_gradient).abs().max() / scale).item() < 1e-5
+    for column in (leading, trailing):
+        assert gradient[column].item() == pytest.approx(exact_gradient[column].item(), rel=1e-5)
+    if leader == "runner_up":  # the loss itself is then as small as the gradient
+        assert loss.item() == pytest.approx(exact_loss, rel=1e-5)
+
+
+def _exact_ihl(logits, target):
+    """Loss and gradient of one row in 60-digit arithmetic, from the textbook formulas."""
+    with localcontext() as context:
+        context.prec = 60
+        exponentials = [Decimal(z).exp() for z in logits.tolist()]
+        total = sum(exponentials)
+        p = [e / total for e in exponentials]
+        others = [v for v in range(len(p)) if v != target]
+        m = max(others, key=lambda v: p[v])
+        gradient = [q * (p[m] - p[target]) for q in p]
+        gradient[target] = p[target] * (1 - p[target] + p[m])
+        gradient[m] = -p[m] * (1 + p[target] - p[m])
+        return float(1 + p[target] - p[m]), torch.tensor([float(g) for g in gradient], dtype=torch.float64)
+
+
+def test_reference_in_float64_is_exact():
+    logits = torch.randn(31, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 8
+    loss, gradient = _exact_ihl(logits, 4)
+    z = logits.clone().requires_grad_()
+    ours = lk.fused_ihl(z, torch.tensor(4))
+    ours.backward()
+    assert ours.item() == pytest.approx(loss, rel=1e-14)
+    torch.testing.assert_close(z.grad, gradient, rtol=1e-13, atol=1e-18)
+
+
+def test_gradient_sums_to_zero_and_loss_is_bounded(backend, device):
+    logits, labels = random_problem(32, 5000, torch.float32, device, spread=6.0)
+    z = logits.requires_grad_()
+    loss = lk.fused_ihl(z, labels, reduction="none")
+    loss.sum().backward()
+    assert z.grad.double().sum(dim=1).abs().max() < 1e-6
+    assert ((loss > 0) & (loss < 2))[labels >= 0].all()
+
+
+@pytest.mark.parametrize("tied", [[3, 9], [9, 40], [0, 49]])
+def test_ties_go_to_the_lowest_index(backend, device, tied):
+    logits = torch.zeros(1, 50, device=device)
+    logits[0, tied] = 2.0
+    label = torch.tensor([20], device=device)
+    _, statistics = lk.fused_ihl(logits, label, return_statistics=True)
+    assert statistics.runner_up_index.item() == tied[0]
+    z = logits.requires_grad_()
+    lk.fused_ihl(z, label).backward()
+    assert z.grad[0].argmin().item() == tied[0]
+    assert z.grad[0, tied[1]] > 0
+
+
+def test_tie_of_target_and_runner_up_counts_as_argmax_does(backend, device):
+    logits = torch.zeros(2, 50, device=device)
+    logits[:, [5, 30]] = 1.0
+    labels = torch.tensor([5, 30], device=device)
+    _, statistics = lk.fused_ihl(logits, labels, return_statistics=True)
+    assert statistics.correct.tolist() == (logits.argmax(dim=1) == labels).tolist() == [True, False]
+    assert statistics.loss.tolist() == [1.0, 1.0]
+
+
+def test_rising_and_falling_rows(backend, device):
+    """A new maximum at every element is the hardest case for a running maximum."""
+    ramp = torch.linspace(-8, 8, 9001)
+    logits = torch.stack([ramp, ramp.flip(0), ramp, ramp.flip(0)]).to(device)
+    labels = torch.tensor([0, 9000, 9000, 0], device=device)
+    loss, gradient = loss_and_gradient(
+        lambda z: lk.fused_unlearning_loss(z, labels, 1.0, 1.0, reduction="none"), logits, torch.ones(4, device=device)
+    )
+    truth, true_gradient = loss_and_gradient(
+        lambda z: eager_ihl(z, labels) + eager_cross_entropy(z, labels), logits.double(), torch.ones(4, device=device)
+    )
+    torch.testing.assert_close(loss, truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, true_gradient, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_minus_infinity(backend, device, dtype):
+    """Forbidden tokens have probability 0 and gradient 0, be they most of the vocabulary, the target, or all others."""
+    logits, _ = random_problem(4, 300, dtype, device)
+    logits[0, 10:] = -INF
+    logits[1, 5] = -INF
+    logits[2, :] = -INF
+    logits[2, 5] = 1.0
+    logits[3, :7] = -INF
+    labels = torch.tensor([3, 5, 5, 290], device=device)
+    z = logits.clone().requires_grad_()
+    loss = lk.fused_ihl(z, labels, reduction="none")
+    loss.sum().backward()
+    truth, true_gradient = loss_and_gradient(
+        lambda x: eager_ihl(x, labels), logits.double(), torch.ones(4, device=device)
+    )
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(z.grad.double(), true_gradient, rtol=tolerance, atol=tolerance * 1e-3)
+    assert loss[2] == 2.0 and not z.grad[logits == -INF].any()
+    target_first = logits[2:3].roll(-5, dims=1)
+    for row, label, runner_up in ((logits[2:3], 5, 0), (target_first, 0, 1)):
+        _, statistics = lk.fused_ihl(row, torch.tensor([label], device=device), return_statistics=True)
+        assert statistics.runner_up_index.item() == runner_up
+    cross_entropy = lk.fused_cross_entropy(logits, labels, reduction="none")
+    assert cross_entropy[1] == INF and cross_entropy[2] == 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_very_large_logits(backend, device, dtype):
+    largest = torch.finfo(dtype).max
+    logits, labels = random_problem(4, 300, dtype, device)
+    logits[0, :2] = torch.tensor([largest, -largest], dtype=dtype)
+    logits[1] = -largest
+    logits[2] *= 1000
+    logits[3, 7] = largest / 2
+    labels = torch.tensor([0, 3, 5, 7], device=device)
+    z = logits.clone().requires_grad_()
+    loss = lk.fused_ihl(z, labels, reduction="none")
+    loss.sum().backward()
+    torch.testing.assert_close(loss.double(), eager_ihl(logits.double(), labels), rtol=1e-6, atol=1e-7)
+    assert z.grad.isfinite().all()
+
+
+def test_nan_logits_reach_the_loss(backend, device):
+    logits, labels = random_problem(6, 5000, torch.float32, device)
+    labels = labels.clamp(min=0)
+    logits[0, labels[0]] = NAN
+    logits[3, 4321] = NAN
+    loss = lk.fused_ihl(logits, labels, reduction="none")
+    assert loss.isnan().tolist() == [True, False, False, True, False, False]
+
+
+def test_everything_ignored(backend, device):
+    logits = torch.full((2, 3, 40), NAN, device=device, requires_grad=True)  # ignored rows are not read
+    labels = torch.full((2, 3), -100, device=device)
+    loss = lk.fused_ihl(logits, labels)
+    loss.backward()
+    assert loss.item() == 0.0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_empty(backend, device, reduction):
+    logits = torch.empty(0, 5, 40, device=device, requires_grad=True)
+    loss = lk.fused_cross_entropy(logits, torch.empty(0, 5, dtype=torch.int64, device=device), reduction=reduction)
+    loss.sum().backward()
+    assert loss.shape == ((0, 5) if reduction == "none" else ()) and loss.sum() == 0
+    assert logits.grad.shape == logits.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 30.0), (0.0625, None), (1.7, 5.0), (1.0, 0.5)])
+def test_scale_and_soft_cap(backend, device, dtype, scale, softcap):
+    logits, labels = random_problem(5, 3001, dtype, device, spread=8.0)
+
+    def transformed(z):
+        z = z * scale
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+    ones = torch.ones(5, device=device)
+    weights = (torch.full((5,), 1.0, device=device), torch.full((5,), 0.5, device=device))
+    ours = loss_and_gradient(
+        lambda z: lk.fused_unlearning_loss(
+            z, labels, 1.0, 0.5, reduction="none", logit_scale=scale, logit_softcap=softcap
+        ),
+        logits,
+        ones,
+    )
+    eager = loss_and_gradient(lambda z: eager_loss(transformed(z.float()), labels, *weights), logits, ones)
+    truth = loss_and_gradient(lambda z: eager_loss(transformed(z), labels, *weights), logits.double(), ones)
+    assert_no_worse(ours[0], eager[0], truth[0], torch.float32, "loss")
+    assert_no_worse(ours[1], eager[1], truth[1], dtype, "gradient")
+
+
+def _layouts(logits):
+    """The same (3, 5, V) values as a slice of a batch, with V not last in memory, and with room between the rows."""
+    batch, length, vocabulary = logits.shape
+    longer = torch.full((batch, length + 1, vocabulary), NAN, dtype=logits.dtype, device=logits.device)
+    longer[:, :-1] = logits
+    spaced = torch.full((batch, length, vocabulary + 3), NAN, dtype=logits.dtype, device=logits.device)
+    spaced[..., 1:-2] = logits
+    return {
+        "slice": longer[:, :-1],
+        "transposed": logits.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "batch last": logits.transpose(0, 1).contiguous().transpose(0, 1),
+        "spaced": spaced[..., 1:-2],
+    }
+
+
+@pytest.mark.parametrize("layout", ["slice", "transposed", "batch last", "spaced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(backend, device, layout, dtype):
+    logits, labels = random_problem(15, 777, dtype, device)
+    logits, labels = logits.view(3, 5, -1), labels.view(3, 5)
+    upstream = torch.rand(3, 5, device=device)
+    expected = loss_and_gradient(lambda z: lk.fused_ihl(z, labels, reduction="none"), logits, upstream)
+    view = _layouts(logits)[layout].detach().requires_grad_()
+    assert not view.is_contiguous()
+    loss = lk.fused_ihl(view, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(loss, view, upstream)
+    # Where a row starts in memory may decide the order of its sum, but nothing else.
+    torch.testing.assert_close(loss.double(), expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), expected[1], rtol=torch.finfo(dtype).eps + 2e-6, atol=1e-9)
+
+
+def test_expanded_logits(backend, device):
+    row = torch.randn(1, 1, 500, device=device, requires_grad=True)
+    labels = torch.arange(6, device=device).view(2, 3)
+    lk.fused_ihl(row.expand(2, 3, 500), labels, reduction="sum").backward()
+    expanded = row.grad.clone()
+    row.grad = None
+    sum(lk.fused_ihl(row, labels[i : i + 1, j : j + 1]) for i in range(2) for j in range(3)).backward()
+    torch.testing.assert_close(expanded, row.grad)
+
+
+def test_offsets_beyond_32_bits(backend, device):
+    """Two rows 2^31 elements apart, in memory that is mostly never touched."""
+    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    logits = memory.as_strided((2, 1, 64), (2**31, 64, 1))
+    logits.copy_(torch.randn(2, 1, 64))
+    labels = torch.tensor([[3], [5]], device=device)
+    loss = lk.fused_ihl(logits, labels, reduction="none")
+    torch.testing.assert_close(loss, eager_ihl(logits.float(), labels), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (2, 3, 4), (2, 1, 3, 2)])
+def test_leading_shapes(backend, device, shape):
+    logits = torch.randn(*shape, 90, device=device, requires_grad=True)
+    labels = torch.randint(0, 90, shape, device=device)
+    loss, statistics = lk.fused_ihl(logits, labels, reduction="none", return_statistics=True)
+    assert loss.shape == shape and all(field.shape == shape for field in statistics)
+    torch.testing.assert_close(loss, eager_ihl(logits, labels), rtol=1e-5, atol=1e-6)
+    loss.sum().backward()
+    assert logits.grad.shape == logits.shape
+
+
+@pytest.mark.parametrize("integer", [torch.int32, torch.uint8])
+def test_label_dtypes(backend, device, integer):
+    logits, labels = random_problem(4, 100, torch.float32, device)
+    labels = labels.clamp(min=0)
+    assert lk.fused_ihl(logits, labels.to(integer)).equal(lk.fused_ihl(logits, labels))
+
+
+def test_upstream_gradients_and_repeated_backward(backend, device):
+    logits, labels = random_problem(6, 333, torch.float32, device)
+    z = logits.clone().requires_grad_()
+    loss = lk.fused_ihl(z, labels)
+    (once,) = torch.autograd.grad(loss, z, retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss, z, torch.tensor(-2.5, device=device), retain_graph=True)
+    (again,) = torch.autograd.grad(loss, z)
+    assert torch.equal(once, again)
+    torch.testing.assert_close(scaled, -2.5 * once)
+
+
+def test_bitwise_deterministic(backend, device):
+    logits, labels = random_problem(40, 3001, torch.bfloat16, device)
+
+    def run():
+        z = logits.clone().requires_grad_()
+        loss = lk.fused_unlearning_loss(z, labels, 1.0, 0.3)
+        loss.backward()
+        return loss, z.grad
+
+    first, second = run(), run()
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inplace_writes_the_gradient_over_the_logits(backend, device, dtype):
+    values, labels = random_problem(6, 1003, dtype, device)
+    z = values.clone().requires_grad_()
+    lk.fused_ihl(z, labels).backward()
+    leaf = values.clone().requires_grad_()
+    logits = leaf * 1
+    loss = lk.fused_ihl(logits, labels, inplace=True)
+    assert torch.equal(logits, values)
+    loss.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, z.grad) and torch.equal(logits, z.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_stays_inside_a_view(backend, device):
+    memory = torch.randn(4, 6, 130, device=device)
+    before = memory.clone()
+    labels = torch.randint(0, 100, (4, 5), device=device)
+    view = memory[:, :5, 10:110]
+    expected = loss_and_gradient(
+        lambda z: lk.fused_ihl(z, labels, reduction="none"), view, torch.full((4, 5), 0.05, device=device)
+    )[1]
+    view.requires_grad_()
+    lk.fused_ihl(view, labels, inplace=True).backward()
+    torch.testing.assert_close(memory[:, :5, 10:110].detach().double(), expected, rtol=1e-6, atol=1e-12)
+    outside = torch.ones_like(memory, dtype=torch.bool)
+    outside[:, :5, 10:110] = False
+    assert torch.equal(memory.detach()[outside], before[outside])
+
+
+@pytest.mark.parametrize("column", [-1, 40, 10**12, -(10**12)])
+def test_labels_outside_the_vocabulary_are_nan_in_the_kernels(backend, device, column):
+    """Where labels cannot be checked first: a row of NaN, its neighbours untouched, no access out of bounds."""
+    kernels = select(torch.empty(0, device=device))
+    logits = torch.randn(1, 3, 40, device=device)
+    labels = torch.tensor([4, column, 5], device=device)
+    one = torch.ones(3, device=device)
+    settings = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
+    rows, index = kernels.row_losses(logits, labels, one, one, **settings)
+    assert rows.isnan().any(dim=0).tolist() == [False, True, False] and rows[:, 1].isnan().all()
+    assert index[1] == -1
+    out = torch.zeros_like(logits)
+    kernels.row_gradient(logits, labels, index, rows[3:], one, out, **settings)
+    assert out.isnan().all(dim=2).tolist() == [[False, True, False]] and out.isnan().sum() == 40
+    fused = logits.clone()
+    fused_rows, fused_index = kernels.row_losses_and_gradient_(fused, labels, one, one, **settings)
+    torch.testing.assert_close(fused_rows, rows, equal_nan=True)
+    torch.testing.assert_close(fused, out, equal_nan=True)
+    assert torch.equal(fused_index, index)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [2, 31, 50257])
+def test_fused_kernel_equals_the_two_it_joins(backend, device, dtype, vocabulary):
+    kernels = select(torch.empty(0, device=device))
+    logits, labels = random_problem(5, vocabulary, dtype, device)
+    logits = logits[None]
+    ihl_weight, ce_weight, one = (torch.full((5,), w, device=device) for w in (0.5, -2.0, 1.0))
+    settings = {"ignore_index": -100, "scale": 0.5, "softcap": 20.0}
+    rows, index = kernels.row_losses(logits, labels, ihl_weight, ce_weight, **settings)
+    out = torch.full_like(logits, NAN)
+    kernels.row_gradient(logits, labels, index, rows[3:], one, out, **settings)
+    fused = logits.clone()
+    fused_rows, fused_index = kernels.row_losses_and_gradient_(fused, labels, ihl_weight, ce_weight, **settings)
+    assert torch.equal(fused_index, index)
+    torch.testing.assert_close(fused_rows, rows, rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(fused, out, rtol=2 * torch.finfo(dtype).eps + 4e-6, atol=1e-7)
+
+
+def test_statistics(backend, device):
+    logits, labels = random_problem(6, 1000, torch.float32, device)
+    loss, statistics = lk.fused_cross_entropy(logits, labels, return_statistics=True)
+    counted = labels >= 0
+    probabilities = logits.double().softmax(dim=1)
+    others = probabilities.scatter(1, labels.clamp(min=0)[:, None], -1.0)
+    torch.testing.assert_close(
+        statistics.target_probability[counted].double(),
+        probabilities.gather(1, labels.clamp(min=0)[:, None])[counted, 0],
+        rtol=2e-6,
+        atol=0,
+    )
+    torch.testing.assert_close(
+        statistics.runner_up_probability[counted].double(), others.amax(1)[counted], rtol=2e-6, atol=0
+    )
+    assert torch.equal(statistics.runner_up_index[counted], others.argmax(1)[counted])
+    assert torch.equal(statistics.correct, logits.argmax(1) == labels)
+    torch.testing.assert_close(loss, statistics.loss.sum() / counted.sum())
+    assert [field[1].item() for field in statistics] == [0.0, 0.0, 0.0, -1, False]
+    assert not any(field.requires_grad for field in statistics)
+
+
+def test_shifted_labels(backend, device):
+    logits = torch.randn(2, 6, 50, device=device, requires_grad=True)
+    labels = torch.randint(0, 50, (2, 6), device=device)
+    labels[0, 3] = -100
+    shifted = lk.fused_cross_entropy(logits, labels, shift_labels=True)
+    (gradient,) = torch.autograd.grad(shifted, logits)
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 50), labels[:, 1:].reshape(-1))
+    (expected,) = torch.autograd.grad(plain, logits)
+    torch.testing.assert_close(shifted, plain)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_normalisers(backend, device):
+    logits, labels = random_problem(6, 50, torch.float32, device)
+    rows = lk.fused_ihl(logits, labels, reduction="none")
+    assert lk.fused_ihl(logits, labels).item() == pytest.approx(rows.sum().item() / 5)
+    assert lk.fused_ihl(logits, labels, reduction="sum").item() == pytest.approx(rows.sum().item())
+    for count in (20, torch.tensor(20, device=device)):
+        assert lk.fused_ihl(logits, labels, num_items_in_batch=count).item() == pytest.approx(rows.sum().item() / 20)
+
+
+def test_other_ignore_index(backend, device):
+    logits, labels = random_problem(6, 50, torch.float32, device)
+    labels = labels.clamp(min=0)
+    rows = lk.fused_ihl(logits, labels, reduction="none", ignore_index=int(labels[4]))
+    expected = torch.where(labels == labels[4], 0.0, eager_ihl(logits, labels))
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_ascent_is_the_negative(backend, device):
+    logits, labels = random_problem(6, 50, torch.float32, device)
+    down, up = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    lk.fused_cross_entropy(down, labels).backward()
+    lk.fused_unlearning_loss(up, labels, 0.0, -1.0).backward()
+    torch.testing.assert_close(up.grad, -down.grad)
+
+
+def test_weight_zero_drops_an_infinite_loss(backend, device):
+    logits = torch.zeros(1, 10, device=device)
+    logits[0, 4] = -INF
+    label = torch.tensor([4], device=device)
+    assert lk.fused_unlearning_loss(logits, label, 1.0, 0.0).item() == pytest.approx(1 - 1 / 9)
+    assert lk.fused_unlearning_loss(logits, label, 1.0, 1.0).item() == INF

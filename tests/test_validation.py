@@ -1,0 +1,81 @@
+"""Bad input raises an error that names the argument."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import loku_kernels as lk
+from loku_kernels import backends
+
+Z, Y = torch.randn(2, 3, 40), torch.zeros(2, 3, dtype=torch.int64)
+H, W = torch.randn(2, 3, 8), torch.randn(40, 8)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "logits must be a torch.Tensor", lambda: lk.fused_ihl([1.0], Y)),
+        (TypeError, "logits must be float32.*int64", lambda: lk.fused_ihl(Y, Y)),
+        (ValueError, "logits.*scalar", lambda: lk.fused_ihl(torch.tensor(1.0), torch.tensor(0))),
+        (ValueError, "last dimension of logits.*at least 2", lambda: lk.fused_ihl(Z[..., :1], Y)),
+        (TypeError, "labels must be a torch.Tensor", lambda: lk.fused_ihl(Z, [0])),
+        (TypeError, "labels must be an integer", lambda: lk.fused_ihl(Z, Y.float())),
+        (ValueError, r"labels must have the shape.*\(2, 3\).*\(3, 2\)", lambda: lk.fused_ihl(Z, Y.t())),
+        (ValueError, r"labels must lie in \[0, 40\).*40.*row 0", lambda: lk.fused_ihl(Z, Y + 40)),
+        (ValueError, r"labels must lie in.*-1", lambda: lk.target_statistics(Z, Y - 1)),
+        (ValueError, "labels must lie in", lambda: lk.fused_linear_ihl(H, W, Y + 40)),
+        (ValueError, "labels must lie in", lambda: lk.linear_target_statistics(H, W, Y + 40)),
+        (ValueError, "reduction must be one of.*'avg'", lambda: lk.fused_cross_entropy(Z, Y, reduction="avg")),
+        (ValueError, "num_items_in_batch.*'sum'", lambda: lk.fused_ihl(Z, Y, reduction="sum", num_items_in_batch=3)),
+        (ValueError, "logit_softcap must be positive.*-1", lambda: lk.fused_ihl(Z, Y, logit_softcap=-1.0)),
+        (ValueError, "logit_scale", lambda: lk.fused_ihl(Z, Y, logit_scale=0.0)),
+        (ValueError, "inplace.*stride 1", lambda: lk.fused_ihl(Z.transpose(0, 2), Y[0, 0].expand(40, 3), inplace=True)),
+        (ValueError, "labels must be on the device of logits", lambda: lk.fused_ihl(Z, Y.to("meta"))),
+        (ValueError, "shift_labels", lambda: lk.fused_ihl(Z[0, 0], Y[0, 0], shift_labels=True)),
+        (ValueError, "ihl_weight must broadcast", lambda: lk.fused_unlearning_loss(Z, Y, torch.ones(4), 0.0)),
+        (
+            ValueError,
+            "ce_weight.*no gradient",
+            lambda: lk.fused_unlearning_loss(Z, Y, 0, torch.ones(3).requires_grad_()),
+        ),
+        (TypeError, "weight must have the dtype of hidden", lambda: lk.fused_linear_ihl(H, W.bfloat16(), Y)),
+        (ValueError, r"weight must be \(vocabulary, hidden size\)", lambda: lk.fused_linear_ihl(H, W[0], Y)),
+        (ValueError, "hidden must end in.*8", lambda: lk.fused_linear_ihl(H[..., :7], W, Y)),
+        (ValueError, r"bias must have shape \(40,\)", lambda: lk.fused_linear_ihl(H, W, Y, bias=torch.ones(39))),
+        (ValueError, "rows must be", lambda: lk.fused_linear_ihl(H, W, Y, rows=torch.ones(2))),
+        (ValueError, "rows must lie in.*6", lambda: lk.fused_linear_ihl(H, W, Y, rows=torch.tensor([0, 6]))),
+        (ValueError, "chunk_bytes must be positive", lambda: lk.fused_linear_ihl(H, W, Y, chunk_bytes=0)),
+    ],
+)
+def test_errors_name_the_argument(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_unknown_backends_are_refused_with_the_usable_ones():
+    with pytest.raises(ValueError, match=r"'cuda' cannot be used.*usable here:.*reference"), backends.use("cuda"):
+        pass
+
+
+def test_without_kernels_the_reference_serves_with_one_warning(monkeypatch):
+    """As after an installation without a compiler."""
+    monkeypatch.setattr(backends.cpp, "missing_reason", lambda: "the extension was not built")
+    backends._default.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="the extension was not built") as caught:
+            first = lk.fused_ihl(Z, Y)
+            second = lk.fused_ihl(Z, Y)
+        assert len(caught) == 1 and torch.equal(first, second)
+        with backends.use("reference"):
+            assert torch.equal(lk.fused_ihl(Z, Y), first)
+    finally:
+        backends._default.cache_clear()
+
+
+def test_float64_is_served_by_the_reference_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lk.fused_ihl(Z.double(), Y).dtype == torch.float64
