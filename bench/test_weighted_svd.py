@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loku_kernels.weighted_svd import weighted_svd
+from loku_kernels.svd import weighted_svd
 
 SHAPES = [(768, 3072), (2048, 8192), (4096, 4096), (4096, 11008)]
 ROUNDS = 5

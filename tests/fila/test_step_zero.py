@@ -81,7 +81,7 @@ def test_a_residual_without_its_adapter_does_not_run():
     model = started(build("llama"))
     model.delete_adapter("default")
     with pytest.raises(RuntimeError, match="the FILA adapter 'default' was deleted, which leaves its residual base"):
-        model.get_base_model()(token_ids())
+        model.base_model.model(token_ids())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loku_kernels.weighted_svd import weighted_svd
+from loku_kernels.svd import weighted_svd
 
 
 class Factors(NamedTuple):

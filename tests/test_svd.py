@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loku_kernels import _krylov
-from loku_kernels import weighted_svd as module
-from loku_kernels.weighted_svd import WeightedSVD, allowed_energy, krylov_block, weighted_svd
+from loku_kernels import svd as module
+from loku_kernels.svd import WeightedSVD, allowed_energy, krylov_block, weighted_svd
 
 FLOAT32_FLOOR = 8 * 2.0**-23
 
