@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -18,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.harness import Measurement
+from loku.provenance import commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("loku-kernels", "torch", "triton", "liger-kernel", "cut-cross-entropy")
@@ -50,8 +47,8 @@ class Report:
         results = {
             "hardware": hardware(),
             "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), **_versions()},
-            "commit": _commit(),
+            "versions": versions(PACKAGES),
+            "commit": commit(),
             "date": datetime.date.today().isoformat(),
             "measurements": [m.to_json() for m in self.measurements],
             "targets": self.targets,
@@ -74,14 +71,6 @@ def default_path() -> Path:
     return RESULTS / f"{slug}-{datetime.date.today().isoformat()}.json"
 
 
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
 def _write_table(write: Callable[[str], None], workload: str, group: list[Measurement]) -> None:
     ours = next((m.median_ms for m in group if m.role == "ours"), None)
     heading = f"{'ms':>9}{'spread':>8}{'/ ours':>8}{group[0].unit:>10}{'MiB':>8}{'of limit':>10}"
@@ -94,14 +83,3 @@ def _write_table(write: Callable[[str], None], workload: str, group: list[Measur
             f"  {m.role:<6}{m.candidate:<56}{m.median_ms:>9.2f}{m.spread:>8.0%}{relative:>8}{m.rate:>10.1f}"
             f"{m.peak_mib:>8.0f}{share:>10}"
         )
-
-
-def _versions() -> dict[str, str]:
-    installed = {distribution.name.lower().replace("_", "-") for distribution in importlib.metadata.distributions()}
-    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
-    return done.stdout.strip() or "unknown"

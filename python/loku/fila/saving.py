@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from loku.fila.fingerprint import check_fingerprints
 from loku.fila.initialise import attach
 from loku.fila.stored_form import RECORD_NAME, initial_factors, live_config
 from loku.fila.targets import check_residual, is_quantised, lora_layers
+from loku.files import filling
 
 
 def save_fila_adapter(model: PeftModel, path: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -32,12 +31,12 @@ def save_fila_adapter(model: PeftModel, path: str | os.PathLike, adapter_name: s
         TypeError, ValueError: model is no PeftModel, or FILA was not applied to this adapter.
     """
     _check_initialised(model, adapter_name)
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        model.save_pretrained(temporary, selected_adapters=[adapter_name])
-        written = Path(temporary) if adapter_name == "default" else Path(temporary, adapter_name)
-        _move_files(written, path)
+    with filling(path) as folder:
+        model.save_pretrained(folder, selected_adapters=[adapter_name])
+        if adapter_name != "default":  # PEFT puts it in a folder of its name
+            for file in (folder / adapter_name).iterdir():
+                file.rename(folder / file.name)
+            (folder / adapter_name).rmdir()
 
 
 def save_merged(model: PeftModel, path: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -55,12 +54,9 @@ def save_merged(model: PeftModel, path: str | os.PathLike, adapter_name: str = "
             f"the weight of {quantised} is quantised, and merging would round it anew; save the adapter, load it on "
             "the base model in floating point, and merge that"
         )
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
     merged = copy.deepcopy(model).merge_and_unload(adapter_names=[adapter_name])
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        merged.save_pretrained(temporary)
-        _move_files(Path(temporary), path)
+    with filling(path) as folder:
+        merged.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -120,12 +116,3 @@ def _check_initialised(model: PeftModel, adapter_name: str) -> dict[str, LoraLay
 def _config(settings: dict) -> FilaConfig:
     dtype = settings["residual_dtype"]
     return FilaConfig(**{**settings, "residual_dtype": dtype and getattr(torch, dtype.removeprefix("torch."))})
-
-
-def _move_files(source: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file():
-            os.replace(file, target / file.name)
-        else:
-            shutil.copytree(file, target / file.name, dirs_exist_ok=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from loku.files import replacing
 
 _FORMAT = "loku-fila-row-weights-1"
 
@@ -35,13 +36,10 @@ class FilaStateDict(dict[str, Tensor]):
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, under a temporary name first."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         metadata = {"fingerprints": json.dumps(self.fingerprints), "importance": json.dumps(self.importance)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.items()}
-        save_file(tensors, temporary, metadata={"format": _FORMAT, **metadata})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": _FORMAT, **metadata})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> FilaStateDict:

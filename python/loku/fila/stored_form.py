@@ -10,9 +10,8 @@ loads on the unmodified base.
 from __future__ import annotations
 
 import copy
-import json
-import os
 from functools import partial
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -20,6 +19,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from loku.fila.factors import Factors
+from loku.files import write_json
 
 RECORD_NAME = "fila.json"
 _RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -52,10 +52,7 @@ class FilaLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        temporary = os.path.join(save_directory, f".{RECORD_NAME}.{os.getpid()}")
-        with open(temporary, "w") as file:
-            json.dump(self.record, file, indent=2, sort_keys=True)
-        os.replace(temporary, os.path.join(save_directory, RECORD_NAME))
+        write_json(Path(save_directory, RECORD_NAME), self.record)
 
 
 def live_config(stored: LoraConfig, record: dict) -> LoraConfig:

@@ -1,0 +1,46 @@
+"""Files and folders that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside ``path``, for a file that takes its place when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder whose contents are moved into ``path``, file by file, when the block ends without an error."""
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        yield Path(temporary)
+        path.mkdir(exist_ok=True)
+        for file in Path(temporary).iterdir():
+            if file.is_file():
+                os.replace(file, path / file.name)
+            else:
+                shutil.copytree(file, path / file.name, dirs_exist_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Indented; what JSON does not know is written as a string."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
