@@ -47,7 +47,10 @@ kernels = CppExtension(
 setup(
     packages=[*find_packages(include=["loku_kernels", "loku_kernels.*"]), *find_packages("python")],
     package_dir={"": ".", "loku_kernels": "loku_kernels", "loku": "python/loku"},
-    package_data={"loku_kernels": ["py.typed"], "loku": ["py.typed"]},
+    package_data={
+        "loku_kernels": ["py.typed"],
+        "loku": ["py.typed", "cli/presets/*.yaml", "demo/people.yaml", "report/*.j2"],
+    },
     ext_modules=[kernels],
     cmdclass={"build_ext": OptionalBuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -1,0 +1,154 @@
+"""From raw records to token ids and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
+
+from transformers import PreTrainedTokenizerBase
+
+from loku.data.prompts import PROMPTS, PromptTemplate
+
+IGNORE_INDEX = -100
+
+
+class Example(TypedDict):
+    """One sequence. ``labels`` stand at their own token, not shifted; `IGNORE_INDEX` where it is not scored."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def tokenise(
+    records: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompt: PromptTemplate | str = "plain",
+    max_length: int | None = None,
+    *,
+    truncation: bool = False,
+) -> list[Example]:
+    """Examples of the records that `load_records` gives, in their order.
+
+    - ``question`` and ``answer``: see `answer_example`.
+    - ``text``: its tokens, with those that the tokenizer adds, in blocks of ``max_length``, all labelled. A record is
+      a document: no block reaches into the next record, and a last block of one token, which would score nothing, is
+      left out.
+    - ``input_ids``: as they are, all labelled; ``labels`` as given, where they are.
+
+    Args:
+        tokenizer: not needed where all records have input_ids.
+        prompt: template, or its name in `PROMPTS`.
+        max_length: most tokens an example may have: no more than the model's context. None: no limit.
+        truncation: cut questions with answers, and input_ids, that are longer, instead of refusing them. A cut answer
+            has no end-of-sequence label, as published with TOFU.
+
+    Raises:
+        ValueError: a record has none of these keys, is longer than max_length, or has nothing to score (the record is
+            named); the tokenizer is missing or has no end-of-sequence token.
+    """
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")
+    template = _template(prompt)
+    examples = []
+    for number, record in enumerate(records):
+        try:
+            found = _examples(record, tokenizer, template, max_length, truncation)
+        except ValueError as error:
+            raise ValueError(f"record {number}: {error}") from error
+        examples.extend(found)
+    return examples
+
+
+def answer_example(
+    question: str,
+    answer: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptTemplate | str,
+    max_length: int | None = None,
+    *,
+    truncation: bool = False,
+) -> Example:
+    """A question with its answer, of which the answer and one end-of-sequence token are labelled.
+
+    As published with TOFU (arXiv 2401.06121): prompt and answer are tokenised as one text, the end-of-sequence token
+    follows, and the prompt's tokens, counted by tokenising the prompt alone, carry no label. Special tokens that the
+    tokenizer begins with count for the prompt; an end-of-sequence token that it adds itself is not added twice.
+
+    Raises:
+        ValueError: as `tokenise` does.
+    """
+    template = _template(prompt)
+    if tokenizer is None:
+        raise ValueError("a question needs a tokenizer, got None")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer ({type(tokenizer).__name__}) has no end-of-sequence token, which every answer ends with; "
+            "set tokenizer.eos_token"
+        )
+    prompt_length = len(_open_ended(template.question(question), tokenizer))
+    tokens = _open_ended(template.question(question) + template.answer(answer), tokenizer)
+    input_ids = _fitted([*tokens, tokenizer.eos_token_id], max_length, truncation)
+    labels = [IGNORE_INDEX] * min(prompt_length, len(input_ids)) + input_ids[prompt_length:]
+    return _scored({"input_ids": input_ids, "labels": labels})
+
+
+def _examples(
+    record: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    template: PromptTemplate,
+    max_length: int | None,
+    truncation: bool,
+) -> list[Example]:
+    if "input_ids" in record:
+        input_ids = _fitted(list(record["input_ids"]), max_length, truncation)
+        labels = list(record.get("labels", input_ids))[: len(input_ids)]
+        if len(labels) != len(input_ids):
+            raise ValueError(f"{len(labels)} labels for {len(input_ids)} input_ids")
+        return [_scored({"input_ids": input_ids, "labels": labels})]
+    if "question" in record and "answer" in record:
+        question, answer = record["question"], record["answer"]
+        return [answer_example(question, answer, tokenizer, template, max_length, truncation=truncation)]
+    if "text" in record:
+        return _blocks(record["text"], tokenizer, max_length)
+    raise ValueError(f"expected question and answer, text, or input_ids, got the keys {sorted(record)}")
+
+
+def _blocks(text: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> list[Example]:
+    if tokenizer is None:
+        raise ValueError("text needs a tokenizer, got None")
+    tokens = tokenizer(text, verbose=False).input_ids  # verbose: it would warn of texts longer than a context
+    size = max_length or max(len(tokens), 1)
+    blocks = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+    if not blocks or len(blocks[0]) < 2:
+        raise ValueError(f"nothing to score in a text of {len(tokens)} tokens")
+    return [{"input_ids": block, "labels": list(block)} for block in blocks if len(block) > 1]
+
+
+def _open_ended(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    tokens = tokenizer(text, verbose=False).input_ids
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
+
+
+def _fitted(input_ids: list[int], max_length: int | None, truncation: bool) -> list[int]:
+    if max_length is None or len(input_ids) <= max_length:
+        return input_ids
+    if not truncation:
+        raise ValueError(
+            f"{len(input_ids)} tokens, but max_length = {max_length} (the model's context, at most); shorten the "
+            "record, or allow truncation"
+        )
+    return input_ids[:max_length]
+
+
+def _scored(example: Example) -> Example:
+    if all(label == IGNORE_INDEX for label in example["labels"][1:]):
+        raise ValueError(f"nothing to score in its {len(example['input_ids'])} tokens (the first is never scored)")
+    return example
+
+
+def _template(prompt: PromptTemplate | str) -> PromptTemplate:
+    if isinstance(prompt, PromptTemplate):
+        return prompt
+    if prompt not in PROMPTS:
+        raise ValueError(f"prompt must be one of {', '.join(PROMPTS)}, or a PromptTemplate, got {prompt!r}")
+    return PROMPTS[prompt]

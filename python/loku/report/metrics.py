@@ -1,0 +1,89 @@
+"""What the names of metrics mean: how to write them, which way is better, and numbers to show."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+_KNOWN = (  # (pattern, label, role, better), in the order of tables and plots
+    (r"el_(\d+)", "EL", "forgetting", "lower"),
+    (r"ma", "MA", "forgetting", "lower"),
+    (r"forget_rouge\w*", "Forget ROUGE-L", "forgetting", "lower"),
+    (r"forget_prob(ability)?", "Forget probability", "forgetting", "lower"),
+    (r"log10_forget_quality", "log₁₀ forget quality", "forgetting", "higher"),
+    (r"model_utility", "Model utility", "utility", "higher"),
+    (r"perplexity", "Perplexity", "utility", "lower"),
+    (r"retain_rouge\w*", "Retain ROUGE-L", "utility", "higher"),
+    (r"retain_loss", "Retain loss", "utility", "lower"),
+)
+ABSENT = "—"
+_UNITS = {"seconds": "(s)", "mib": "(MiB)"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A quantity that a model is evaluated for.
+
+    ``role`` says what it is evidence of; ``"other"`` metrics are in the tables only. ``better`` is None where neither
+    direction is.
+    """
+
+    key: str
+    label: str
+    role: Literal["forgetting", "utility", "other"]
+    better: Literal["lower", "higher"] | None
+    order: int
+
+    @property
+    def title(self) -> str:
+        return self.label if self.better is None else f"{self.label} ({self.better} is better)"
+
+
+def metric(key: str) -> Metric:
+    for order, (pattern, label, role, better) in enumerate(_KNOWN):
+        if match := re.fullmatch(pattern, key):
+            subscript = match[1].translate(_SUBSCRIPTS) if label == "EL" else ""
+            return Metric(key, label + subscript, role, better, order)
+    return Metric(key, key.replace("_", " ").capitalize(), "other", None, len(_KNOWN))
+
+
+def ordered(keys: set[str]) -> list[Metric]:
+    """Forgetting, then utility, then the others by name. A forget quality is shown by its logarithm only."""
+    return sorted((metric(key) for key in keys - {"forget_quality"}), key=lambda m: (m.order, len(m.key), m.key))
+
+
+def cost_label(key: str) -> str:
+    """``peak_memory_mib`` to "Peak memory (MiB)", ``seconds`` to "Time (s)"."""
+    words = key.split("_")
+    unit = _UNITS.get(words[-1]) if words[-2:-1] != ["per"] else None
+    if unit is None:
+        return " ".join(words).capitalize()
+    return f"{' '.join(words[:-1]).capitalize() or 'Time'} {unit}"
+
+
+def with_logarithm(values: dict[str, float]) -> dict[str, float]:
+    """``log10_forget_quality`` beside ``forget_quality``: p-values differ by orders of magnitude, so a mean of them
+    over seeds would be that of the largest alone."""
+    if "forget_quality" not in values:
+        return values
+    p = values["forget_quality"]
+    return {**values, "log10_forget_quality": math.log10(p) if p > 0 else -math.inf if p == 0 else math.nan}
+
+
+def show(value: float, std: float | None = None) -> str:
+    """About three significant digits; the standard deviation with as many decimals as its mean, and left out where it
+    is 0 or None."""
+    if not std:
+        return format(value, ",.0f" if value.is_integer() else _style(value))
+    return f"{format(value, _style(value))} ± {format(std, _style(value))}"
+
+
+def _style(value: float) -> str:
+    size = abs(value)
+    if 0 < size < 0.001:
+        return ".1e"
+    decimals = next((decimals for bound, decimals in ((1, 3), (100, 2), (1000, 1)) if size < bound), 0)
+    return f",.{decimals}f"
