@@ -74,7 +74,7 @@ def flat_labels(labels: Tensor, ignore_index: int, shift_labels: bool) -> Tensor
         if labels.dim() == 0:
             raise ValueError("shift_labels needs labels with a sequence dimension, but labels is a scalar")
         labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    return labels.reshape(-1).to(torch.int64)
+    return labels.reshape(-1).to(torch.int64).contiguous()  # a strided vector stays one under reshape
 
 
 def row_weights(name: str, weight: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,79 @@
+"""Unlearning 32 sequences of the Training Data Extraction Challenge that a small GPT-Neo has memorised.
+
+    python -m bench.experiments.tdec --data DATA --output runs/tdec [--seeds 0 1 2] [--methods loku gd ihl gd+fila]
+
+Trains a GPT-Neo of 4 layers x 256 on articles of WikiText-2 and, over and over, the 32 sequences, until the mean MA on
+them exceeds 0.9; then unlearns until EL_10 and MA are at or below those of 32 sequences that it never saw, with each
+method and seed at one rank; then compares them. DATA has the folders tdec, wikitext2 and gpt2_tokenizer. Broken off, it
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from bench.experiments.runs import command, gpt2_tokenizer
+from loku.cli import main as loku
+
+FORGET, UNSEEN, RETAIN, TEXT = "tdec[0:32]", "tdec[32:64]", "wikitext2:validation[0:20]", "wikitext2:test[0:20]"
+REPEATS = 4  # of the forget sequences in an epoch of the target's training
+MODEL = {
+    "model_type": "gpt_neo",
+    "hidden_size": 256,
+    "num_layers": 4,
+    "num_heads": 8,
+    "attention_types": [[["global", "local"], 2]],
+    "max_position_embeddings": 256,
+    "window_size": 256,
+    "embed_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "resid_dropout": 0.0,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/tdec"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=["loku", "ihl", "gd", "gd+fila"])
+    parser.add_argument("--target_epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=20, help="most epochs of unlearning")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning_rate", default="1e-3")
+    options = parser.parse_args()
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "model.json").write_text(json.dumps(MODEL, indent=1))
+    tokenizer = gpt2_tokenizer(options.data, options.output)
+    common = ["--data_dir", options.data, "--max_length", 200, "--report_to", "none"]
+    target = options.output / "target"
+    command(
+        target,
+        "finetune",
+        *("--model_config", options.output / "model.json", "--tokenizer", tokenizer),
+        *("--train", RETAIN, *[FORGET] * REPEATS, "--num_train_epochs", options.target_epochs),
+        *("--per_device_train_batch_size", 8, "--learning_rate", "1e-3", "--lr_scheduler_type", "cosine"),
+        *("--save_strategy", "epoch", "--save_total_limit", 1, *common),
+    )
+    runs = []
+    for seed in options.seeds:
+        for method in options.methods:
+            run = options.output / f"{method}-{seed}"
+            command(
+                run,
+                "unlearn",
+                *("--model", target / "model", "--method", method, "--seed", seed),
+                *("--forget", FORGET, "--retain", RETAIN, "--benchmark", "tdec", "--unseen", UNSEEN, "--text", TEXT),
+                *("--rank", options.rank, "--learning_rate", options.learning_rate),
+                *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 8),
+                *("--save_strategy", "no", *common),
+            )
+            runs.append(str(run))
+    loku(["report", "--runs", *runs, "--output", str(options.output / "report"), "--title", "TDEC"])
+
+
+if __name__ == "__main__":
+    main()

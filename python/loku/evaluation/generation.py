@@ -1,0 +1,79 @@
+"""Greedy answers to questions, and how much of the true answers they contain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from loku.fila.progress import progress
+from loku.inference import context_length, evaluation_mode
+
+
+def generate_greedily(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_length: int = 200,
+    batch_size: int = 32,
+    what: str = "answers",
+    show_progress_bar: bool = False,
+) -> list[str]:
+    """The likeliest continuation of each prompt, token by token, until the end-of-sequence token or ``max_length``.
+
+    Args:
+        max_length: most tokens of a prompt and its continuation, without padding; 200, as published with TOFU, which
+            however counts the padding of a batch, so that there the length depends on the batch.
+        batch_size: prompts at once, padded on the left to the longest; they are batched by length.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-sequence token; max_length exceeds the model's context or leaves no
+            room after a prompt.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no end-of-sequence token, which ends an answer; set tokenizer.eos_token")
+    context = context_length(model)
+    if context is not None and max_length > context:
+        raise ValueError(f"max_length must be at most the model's context of {context}, got {max_length}")
+    tokens = [_open_ended(tokenizer(prompt, verbose=False).input_ids, tokenizer.eos_token_id) for prompt in prompts]
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if not 0 < len(ids) < max_length:
+            raise ValueError(f"max_length = {max_length} leaves no answer to a prompt of {len(ids)} tokens: {prompt!r}")
+    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    answers = [""] * len(prompts)
+    with evaluation_mode(model) as device:
+        for indices in progress(batches, what, "batch", show_progress_bar):
+            found = _continuations(model, [tokens[i] for i in indices], tokenizer.eos_token_id, max_length, device)
+            for i, text in zip(indices, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
+                answers[i] = text
+    return answers
+
+
+def rouge_recall(generated: Sequence[str], truths: Sequence[str]) -> dict[str, list[float]]:
+    """Recall of ROUGE-1 and ROUGE-L (rouge-score, with its stemmer) of each text: "rouge1_recall", "rougeL_recall"."""
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(truth, text) for truth, text in zip(truths, generated, strict=True)]
+    return {f"{kind}_recall": [score[kind].recall for score in scores] for kind in ("rouge1", "rougeL")}
+
+
+def _continuations(
+    model: nn.Module, prompts: list[list[int]], eos: int, max_length: int, device: torch.device
+) -> list[Tensor]:
+    longest, shortest = (f(map(len, prompts)) for f in (max, min))
+    input_ids = torch.tensor([[eos] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_length - shortest, eos_token_id=eos, pad_token_id=eos, use_cache=True
+    )
+    out = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)[:, longest:]
+    return [row[: max_length - len(ids)] for row, ids in zip(out, prompts, strict=True)]
+
+
+def _open_ended(input_ids: list[int], eos: int) -> list[int]:
+    """Without an end-of-sequence token that the tokenizer adds."""
+    return input_ids[:-1] if len(input_ids) > 1 and input_ids[-1] == eos else input_ids

@@ -1,0 +1,33 @@
+"""Running a model without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[torch.device]:
+    """No dropout and no gradients inside; each module's ``training`` is as it was afterwards. Yields the device."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Most tokens that the model takes, or None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def tokens_at_once(model: nn.Module, holds_logits: bool) -> int:
+    """Tokens of a batch: 4096, or as many as have 256 MiB of float32 logits where those are held."""
+    fitting = (256 << 20) // (4 * model.config.get_text_config().vocab_size) if holds_logits else 4096
+    return max(1, min(4096, fitting))
