@@ -10,10 +10,10 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 .PHONY: demo test bench lint clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m loku.demo_kernels --out demo.png
+	$(BIN)/loku demo --output_dir runs/demo --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench

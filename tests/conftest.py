@@ -13,6 +13,9 @@ import pytest
 
 from loku_kernels import backends
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is a worker for each core
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _NAMES = ["reference", "triton", "cpp:portable", "cpp:avx2", "cpp:avx512", "cpp:avx512bf16"]
 
@@ -36,6 +39,15 @@ def backend(request: pytest.FixtureRequest):
 @pytest.fixture
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture
+def one_thread():
+    """More threads only slow small models down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths
 
 from loku_kernels import backends
 from loku_kernels.backends import cpp, reference
 
+CSRC = Path(__file__).parents[1] / "csrc"
 PLAIN = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
 built = pytest.mark.skipif(cpp.missing_reason() is not None, reason=str(cpp.missing_reason()))
 
@@ -160,3 +163,11 @@ def test_probes_read_every_byte_and_sum_exponentials():
         assert torch.ops.loku_kernels_cpp.read_probe(data, number) == (1 << 20) + (1 << 5), name
         found = torch.ops.loku_kernels_cpp.exponential_probe(1 << 15, number)
         assert found == pytest.approx((1 << 15) * math.exp(-1), rel=1e-4), name
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="needs a compiler for aarch64")
+@pytest.mark.parametrize("source", sorted(CSRC.glob("*.cpp")), ids=lambda path: path.stem)
+def test_compiles_for_aarch64(source, tmp_path):
+    command = ["aarch64-linux-gnu-g++", "-std=c++17", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    includes = [f"-I{path}" for path in (CSRC, *include_paths())]
+    subprocess.run([*command, *includes, "-c", str(source), "-o", str(tmp_path / "object.o")], check=True)

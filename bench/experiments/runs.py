@@ -11,7 +11,7 @@ from loku.cli import main
 
 
 def gpt2_tokenizer(data: Path, output: Path) -> Path:
-    """The tokenizer of ``data/gpt2_tokenizer``, which is bare vocabulary and merges, as a folder that loads by itself."""
+    """The tokenizer of ``data/gpt2_tokenizer``, bare vocabulary and merges, as a folder that loads by itself."""
     folder = output / "tokenizer"
     if not folder.exists():
         GPT2Tokenizer.from_pretrained(data / "gpt2_tokenizer").save_pretrained(folder)
