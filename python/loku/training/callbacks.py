@@ -1,0 +1,132 @@
+"""Watching a run: every log as a JSON line, and evaluations that may end it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loku.files import replacing
+from loku.inference import evaluation_mode
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Writes what the trainer logs, evaluations too, as JSON lines: step, epoch, seconds of training, and the values.
+
+    The process of rank 0 writes, and flushes each line. A run from the start begins the file anew; one that resumes
+    keeps the lines up to its checkpoint, and counts seconds on. Values that are not finite become null.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self._begin = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept = [line for line in self._lines() if line["step"] <= state.global_step] if state.global_step else []
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._begin = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        seconds = round(time.perf_counter() - self._begin, 3)
+        line = {"step": state.global_step, "epoch": state.epoch, "seconds": seconds, **(logs or {})}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """What is there; a last line that was cut short is left out."""
+        lines = []
+        for text in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+
+class EvaluationCallback(TrainerCallback):
+    """Calls ``evaluate(model)`` at step 0 and at an interval, and ends the training once ``stop(metrics)`` is true.
+
+    The model is in evaluation mode without gradients meanwhile, and random numbers drawn by the evaluation are given
+    back, so that the training is the same with and without it. The metrics and "runtime", the seconds it took, are
+    logged by the trainer, with "eval_" before their names. Each process evaluates, and must come to the same metrics. A
+    run that is stopped saves a checkpoint, unless ``save_strategy`` is "no". At step 0 ``stop`` is not asked; a resumed
+    run is first evaluated at the next interval.
+
+    Args:
+        evaluate: model -> metrics.
+        every: ``"epoch"``, or a number of optimiser steps.
+        stop: metrics -> whether the aim is reached.
+
+    Attributes:
+        trainer: the trainer that logs; `UnlearningTrainer` sets it.
+
+    Raises:
+        ValueError: every is neither.
+    """
+
+    trainer: Trainer
+
+    def __init__(
+        self,
+        evaluate: Callable[[nn.Module], Mapping[str, float]],
+        every: Literal["epoch"] | int = "epoch",
+        stop: Callable[[Mapping[str, float]], bool] | None = None,
+    ) -> None:
+        if every != "epoch" and not (isinstance(every, int) and every > 0):
+            raise ValueError(f'every must be "epoch" or a positive number of steps, got {every!r}')
+        self.evaluate, self.every, self.stop = evaluate, every, stop
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:  # all callbacks have begun by now, also those that write the log
+            self._measure(control, kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.every != "epoch" and state.global_step % self.every == 0:
+            self._measure_or_stop(args, control, kwargs["model"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.every == "epoch":
+            self._measure_or_stop(args, control, kwargs["model"])
+
+    def _measure_or_stop(self, args: TrainingArguments, control: TrainerControl, model: nn.Module) -> None:
+        metrics = self._measure(control, model)
+        if self.stop is not None and self.stop(metrics):
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+
+    def _measure(self, control: TrainerControl, model: nn.Module) -> Mapping[str, float]:
+        begin = time.perf_counter()
+        with evaluation_mode(model) as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            metrics = self.evaluate(model)
+        due = control.should_log
+        logged = {**metrics, "runtime": round(time.perf_counter() - begin, 3)}
+        self.trainer.log({f"eval_{name}": value for name, value in logged.items()})
+        control.should_log = due  # which the trainer takes for done after any log
+        return metrics

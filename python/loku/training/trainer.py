@@ -1,0 +1,236 @@
+"""transformers' trainer, for unlearning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from loku.data import Example, PairedDataset, Role, UnlearningCollator, packing_is_exact
+from loku.fila.stored_form import FilaLoraConfig
+from loku.inference import evaluation_mode
+from loku.training.callbacks import EvaluationCallback
+from loku.training.checkpoints import checkpoint_fault, last_whole_checkpoint
+from loku.training.config import UnlearnConfig
+from loku.training.methods import Method, Totals
+from loku.training.scores import Scorer, Scores
+
+logger = logging.get_logger(__name__)
+_ROW_TOKENS = 512  # attention within a row costs its square, where it is computed and masked away between sequences
+
+
+class UnlearningTrainer(Trainer):
+    """`transformers.Trainer` on forget and retain sequences, which share each forward pass.
+
+    args = UnlearnConfig("run", method="ihl", learning_rate=1e-4, per_device_train_batch_size=8)
+    trainer = UnlearningTrainer(model, args, forget_dataset=forget, retain_dataset=retain)
+    trainer.train()
+
+    Accumulation, bf16, checkpoints and resuming, ``report_to``, ``accelerate launch`` and ``torchrun`` are the
+    trainer's. Each role's loss is a mean over that role's tokens, or sequences, in all that an optimiser step sees:
+    accumulated micro-batches, on all processes. So neither accumulation nor the number of processes changes what is
+    minimised. Beside ``loss`` the log has its terms, ``forget_loss`` and ``retain_loss``.
+
+    The head runs on scored tokens only, a chunk at a time; see `loku.training.Scorer` for which heads it cannot
+    (sharded ones, by FSDP or DeepSpeed, for example), whose models compute their logits as usual. ``trainer.scorer``
+    tells. A run that resumes at the same arguments ends at the same weights as one that never stopped.
+
+    Args:
+        model: a causal language model of transformers, plain or as a PeftModel.
+        args: what to do.
+        forget_dataset, retain_dataset, preferred_dataset: sequences of `loku.data.Example`, as `loku.data.tokenise`
+            makes them. Those that the method needs must be given; others are left alone. ``preferred_dataset[i]`` is
+            what should be said in place of ``forget_dataset[i]``.
+        options: as of `transformers.Trainer`, but for ``train_dataset`` and ``data_collator``. Items of an
+            ``eval_dataset`` are {Role: Example}, as of a `loku.data.PairedDataset`.
+
+    Raises:
+        ValueError: a data set that the method needs is missing or empty; a sequence is longer than the model's context;
+            the method needs a reference, and the model is no PeftModel or also trains weights of its base; the method
+            needs FILA, and the adapter was not started by it; ``packing="always"`` and the model does not keep packed
+            sequences apart.
+    """
+
+    loss_is_scaled_for_ga = True  # by the totals
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: UnlearnConfig,
+        forget_dataset: Sequence[Example] | None = None,
+        retain_dataset: Sequence[Example] | None = None,
+        preferred_dataset: Sequence[Example] | None = None,
+        **options: Any,
+    ) -> None:
+        self.method = args.unlearning_method()
+        given = {Role.FORGET: forget_dataset, Role.RETAIN: retain_dataset, Role.PREFERRED: preferred_dataset}
+        pairs = _pairs(self.method, given, args.data_seed)
+        longest = _check_lengths(model, pairs)
+        _check_adapter(model, self.method)
+        if args.n_gpu > 1:
+            logger.warning(f"Using one of {args.n_gpu} GPUs: a packed batch cannot be split; launch with torchrun.")
+            args._n_gpu = 1
+        super().__init__(model, args, train_dataset=pairs, **options)
+        self.model_accepts_loss_kwargs = True  # transformers before 5 reads that the loss is scaled from this
+        with self.accelerator.autocast():
+            self.scorer = Scorer(self.model, args.chunk_bytes)
+            row_tokens = _row_tokens(self.model, args, longest)
+        pad_token_id = getattr(self.processing_class, "pad_token_id", None) or 0  # never scored, nor attended to
+        self.data_collator = UnlearningCollator(pad_token_id, row_tokens)
+        self.add_callback(_DrawPairs(pairs))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EvaluationCallback):
+                callback.trainer = self
+        self._parts: dict[str, Tensor] = {}
+        self._parts_since = 0
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As `transformers.Trainer.train`; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: the checkpoint is not whole, or none is.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} has no checkpoint to resume from")
+        elif resume_from_checkpoint:
+            fault = checkpoint_fault(resume_from_checkpoint)
+            if fault is not None:
+                raise ValueError(f"cannot resume from {resume_from_checkpoint}: {fault}")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict]:
+        """This micro-batch's share of the loss, times the number of processes, over which gradients are averaged."""
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        totals = Totals(*num_items_in_batch)
+        reference = self._reference(model, inputs) if self.method.reference else None  # first: no graph is there yet
+        loss = self.method.loss(self.scorer(model, inputs), reference, totals)
+        if model.training:
+            if not self._parts:
+                self._parts_since = self.state.global_step
+            for name, part in loss.parts.items():
+                self._parts[name] = self._parts.get(name, 0) + part
+        value = loss.value * self.accelerator.num_processes
+        return (value, {}) if return_outputs else value
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the means of the loss's terms since they were last logged, where the loss is logged."""
+        if "loss" in logs and self._parts:
+            steps = max(self.state.global_step - self._parts_since, 1)
+            names, values = zip(*self._parts.items(), strict=True)
+            means = self.accelerator.reduce(torch.stack(values), "sum") / steps
+            logs.update(zip(names, means.tolist(), strict=True))
+            self._parts = {}
+        super().log(logs, *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Tensor]], device: torch.device) -> Tensor:
+        """(2, 3): tokens and sequences of each role in these batches of all processes, see `Totals`."""
+        counts = [torch.stack(Totals.of(batch)).to(device) for batch in batch_samples]
+        none = torch.zeros(2, len(Role), dtype=torch.int64, device=device)
+        return self.accelerator.reduce(sum(counts, start=none), "sum")
+
+    @torch.no_grad()
+    def _reference(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Scores:
+        with evaluation_mode(model), _adapter_off(self.model):
+            return self.scorer(model, inputs)
+
+
+class _DrawPairs(TrainerCallback):
+    """Tells the pairs the epoch; accelerate's loaders do not where they shuffle for several processes, or resume."""
+
+    def __init__(self, pairs: PairedDataset) -> None:
+        self.pairs = pairs
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pairs.set_epoch(int(state.epoch or 0))
+
+
+@contextmanager
+def _adapter_off(model: PeftModel):
+    """The base model inside. PEFT makes all adapter weights trainable afterwards, so that is put back too."""
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, was in trainable.items():
+            parameter.requires_grad_(was)
+
+
+def _pairs(method: Method, given: Mapping[Role, Sequence[Example] | None], seed: int) -> PairedDataset:
+    for role in method.roles:
+        if given[role] is None or len(given[role]) == 0:
+            state = "missing" if given[role] is None else "empty"
+            weight = f" (its retain_weight is {method.retain_weight:g})" if role is Role.RETAIN else ""
+            raise ValueError(f"{role.name.lower()}_dataset is {state}, and method {method.name!r} needs it{weight}")
+    return PairedDataset({role: given[role] for role in method.roles}, seed=seed)
+
+
+def _check_lengths(model: nn.Module, pairs: PairedDataset) -> int:
+    """The longest sequence's tokens."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    lengths = {role: max(len(example["input_ids"]) for example in of) for role, of in pairs.examples.items()}
+    for role, length in lengths.items():
+        if context is not None and length > context:
+            raise ValueError(
+                f"{role.name.lower()}_dataset has a sequence of {length} tokens, but the model's context is {context}"
+            )
+    return max(lengths.values())
+
+
+def _check_adapter(model: nn.Module, method: Method) -> None:
+    if method.reference:
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                f"method {method.name!r} compares with the model before unlearning, which is the one with its adapter "
+                f"off: model must be a PeftModel, got {type(model).__name__}"
+            )
+        biases = [config.bias for config in model.peft_config.values() if getattr(config, "bias", "none") != "none"]
+        if biases:
+            raise ValueError(
+                f"method {method.name!r} compares with the model before unlearning, but bias={biases[0]!r} in the "
+                "adapter's configuration trains biases of the base; set it to 'none'"
+            )
+    if method.fila:
+        configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+        if not any(isinstance(config, FilaLoraConfig) for config in configs):
+            raise ValueError(
+                f"method {method.name!r} needs an adapter started by loku.fila.initialize_lora_fila_weights, or loaded "
+                f"by load_fila_adapter; without FILA it is {'ihl' if method.name == 'loku' else 'gd'!r}"
+            )
+
+
+def _row_tokens(model: nn.Module, args: UnlearnConfig, longest: int) -> int | None:
+    """Tokens of a packed row, or None for padding."""
+    if args.packing == "never" or (args.packing == "auto" and not packing_is_exact(model)):
+        return None
+    if args.packing == "always" and not packing_is_exact(model):
+        raise ValueError(
+            f"packing='always', but {type(model).__name__} does not keep packed sequences apart, with "
+            f"attn_implementation={model.config._attn_implementation!r} at least"
+        )
+    # Some models (GPT-Neo) mask no more tokens than their context, although positions begin anew in a row.
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = context or max(longest, args.row_tokens or _ROW_TOKENS)
+    if args.row_tokens is not None and not longest <= args.row_tokens <= most:
+        raise ValueError(
+            f"row_tokens must be at least {longest}, the longest sequence's tokens, and at most {most}, the model's "
+            f"context, got {args.row_tokens}"
+        )
+    return args.row_tokens or min(max(longest, _ROW_TOKENS), most)
