@@ -1,13 +1,30 @@
-"""What ``fisher_accumulate`` is told of a batch: the sequences' bounds and weights, on any layer's device."""
+"""What is in a batch, and what ``fisher_accumulate`` is told of it: sequences' bounds and weights, on any device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loku_kernels.ops.fisher import check_offsets
+from loku_kernels.sequences import checked_offsets, label_counts, next_token_labels, sequence_offsets
+
+
+def read_batch(
+    batch: Mapping[str, Any], offsets: Tensor | Sequence[int] | None, ignore_index: int
+) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
+    """What the model is called with, the labels moved to the positions that predict them, bounds and label counts of
+    the sequences."""
+    inputs = dict(batch)
+    labels = inputs.pop("labels", None)
+    if labels is None or labels.dim() != 2:
+        found = "none" if labels is None else f"those of shape {tuple(labels.shape)}"
+        raise ValueError(f"batch must have labels of shape (batch, tokens), but has {found} beside {list(inputs)}")
+    offsets = checked_offsets(sequence_offsets(batch) if offsets is None else offsets, labels.numel())
+    targets = next_token_labels(labels, offsets, ignore_index)
+    return inputs, targets, offsets, label_counts(targets, offsets, ignore_index)
 
 
 class Batch:
@@ -24,22 +41,23 @@ class Batch:
         unit: float,
         granularity: str,
     ) -> None:
-        offsets = torch.as_tensor(offsets, dtype=torch.int64)
-        counts = torch.as_tensor(label_counts, dtype=torch.float64)
-        if offsets.dim() != 1 or len(offsets) == 0 or counts.shape != (len(offsets) - 1,):
+        offsets = checked_offsets(offsets)
+        counts = torch.as_tensor(label_counts, dtype=torch.float64).cpu()
+        if counts.shape != (len(offsets) - 1,):
             raise ValueError(
-                "offsets must have shape (sequences + 1,) and label_counts (sequences,), "
-                f"but have {tuple(offsets.shape)} and {tuple(counts.shape)}"
+                f"label_counts must have one entry per sequence, ({len(offsets) - 1},), but has {tuple(counts.shape)}"
             )
+        scale = float(loss_scale)
+        if scale == 0 or not math.isfinite(scale):
+            raise ValueError(f"loss_scale must be a finite number other than 0, but is {scale}")
         self.tokens = int(offsets[-1])
-        check_offsets(offsets, self.tokens)
         self.label_tokens = counts.sum()
         if granularity == "batch":
             offsets, counts = torch.tensor([0, self.tokens]), self.label_tokens[None]
         elif granularity == "token":
             offsets, counts = torch.arange(self.tokens + 1), counts.new_ones(self.tokens)
         self._offsets = offsets
-        self._weights = 1 / (counts.clamp(min=1) * loss_scale**2 * unit)
+        self._weights = 1 / (counts.clamp(min=1) * scale**2 * unit)
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

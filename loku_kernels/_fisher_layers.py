@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ class Layer:
     """One weight matrix, its accumulator, and what the backward pass at hand has brought for it so far."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.names, self.modules = [name], [module]
+        self.names, self.modules = [name], {module}
         self.transposed = _is_conv1d(module)
         weight = module.weight
         # A quantised weight is packed; its Fisher information is not.
@@ -41,20 +41,25 @@ class Layer:
         self.fisher = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
+def measured(layers: Sequence[Layer], measure: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """A number from each layer's Fisher matrix, by the layer's name; all brought to the host together."""
+    values = [measure(layer.fisher).to(layers[0].device) for layer in layers]
+    return dict(zip((layer.name for layer in layers), torch.stack(values).tolist() if values else [], strict=True))
+
+
 def find_layers(model: nn.Module, target_modules: str | Sequence[str] | None) -> list[Layer]:
     """One ``Layer`` for each weight of the selected nn.Linear and Conv1D modules, in the model's order."""
+    modules = dict(_linear_modules(model))
     layers: dict[int, Layer] = {}
-    for name, module in _linear_modules(model):
-        if not _selected(model, name, module, target_modules):
-            continue
-        layer = layers.get(id(module.weight))
-        if layer is None:
-            layers[id(module.weight)] = Layer(name, module)
+    for name in _selected(model, modules, target_modules):
+        module = modules[name]
+        # A weight that is computed anew whenever it is asked for (weight norm) is shared with no other module.
+        key = id(module._parameters.get("weight", module))
+        if key in layers:
+            layers[key].names.append(name)
+            layers[key].modules.add(module)
         else:
-            layer.names.append(name)
-            layer.modules.append(module)
-    if not layers:
-        raise ValueError(f"target_modules selects no nn.Linear or Conv1D of the model: {target_modules!r}")
+            layers[key] = Layer(name, module)
     _refuse_weights_shared_with_others(model, layers)
     return list(layers.values())
 
@@ -82,17 +87,14 @@ def in_groups(layers: list[Layer], memory_budget: int | None, accumulators: int)
 
 def _linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear modules under the name of the layer: an adapter's wrapped layer bears the wrapper's name, its own parts
-    are left out."""
-    wrappers = {name for name, module in model.named_modules() if isinstance(_base_layer(module), nn.Module)}
-    for path, module in model.named_modules():
+    are left out. A module that has several names comes with each."""
+    paths = list(model.named_modules(remove_duplicate=False))
+    wrappers = {path for path, module in paths if "base_layer" in module._modules}
+    for path, module in paths:
         if isinstance(module, nn.Linear) or _is_conv1d(module):
             name = _unwrapped_name(path, wrappers)
             if name is not None:
                 yield name, module
-
-
-def _base_layer(module: nn.Module) -> nn.Module | None:
-    return module._modules.get("base_layer")
 
 
 def _unwrapped_name(path: str, wrappers: set[str]) -> str | None:
@@ -112,13 +114,24 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _selected(model: nn.Module, name: str, module: nn.Module, target_modules: str | Sequence[str] | None) -> bool:
+def _selected(model: nn.Module, modules: dict[str, nn.Module], target_modules: str | Sequence[str] | None) -> list[str]:
+    """The names among ``modules`` that ``target_modules`` means; each of its entries must mean one."""
     if target_modules is None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return module is not head and module is not (head and _base_layer(head))
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+        parts = set() if head is None else set(head.modules())
+        matches = {None: {name for name, module in modules.items() if module not in parts}}
+    elif isinstance(target_modules, str):
+        matches = {target_modules: {name for name in modules if re.fullmatch(target_modules, name)}}
+    else:
+        matches = {t: {name for name in modules if f".{name}".endswith(f".{t}")} for t in target_modules}
+    unmatched = [target for target, names in matches.items() if not names]
+    if unmatched or not matches:
+        raise ValueError(
+            f"target_modules selects no nn.Linear or Conv1D of the model by {unmatched}, got {target_modules!r}; "
+            f"there are {', '.join(modules) or 'none'}"
+        )
+    chosen = set().union(*matches.values())
+    return [name for name in modules if name in chosen]
 
 
 def _refuse_weights_shared_with_others(model: nn.Module, layers: dict[int, Layer]) -> None:

@@ -14,6 +14,13 @@ def require_grad(tensor: Tensor) -> Tensor:
     return _RequireGrad.apply(tensor, _anchor())
 
 
+def as_computed(output: Tensor) -> Tensor:
+    """What a linear layer computed before it gave it the shape of ``output``, which is a view of it where there is a
+    bias. Hooks of a view are lost when the model changes it in place (relu_), those of its base are not."""
+    base = output._base
+    return output if base is None or base.shape[-1:] != output.shape[-1:] or base.numel() != output.numel() else base
+
+
 def keep(tensor: Tensor) -> Tensor:
     """A token for ``tensor``, held as autograd holds what it saves: checkpointing drops it and makes it anew."""
     return _Saved.apply(tensor, _anchor())

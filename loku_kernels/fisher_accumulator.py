@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from loku_kernels import gemm
-from loku_kernels._fisher_batch import Batch, joined
-from loku_kernels._fisher_layers import Layer, find_layers, in_groups
-from loku_kernels._taps import keep, kept, require_grad
+from loku_kernels._fisher_batch import Batch, joined, read_batch
+from loku_kernels._fisher_layers import Layer, find_layers, in_groups, measured
+from loku_kernels._taps import as_computed, keep, kept, require_grad
 from loku_kernels.losses import fused_cross_entropy
 from loku_kernels.ops import fisher as ops
-from loku_kernels.sequences import label_counts, next_token_labels, sequence_offsets
 
 GRANULARITIES = ("sequence", "token", "batch")
 _log = logging.getLogger(__name__)
@@ -32,8 +31,6 @@ _log = logging.getLogger(__name__)
 
 def sum_of_token_losses(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
     """The summed negative log-likelihood of ``targets``, each token's next one, from the ``logits`` of the model."""
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        inputs = {"use_cache": False, **inputs}
     return fused_cross_entropy(model(**inputs).logits, targets, reduction="sum", inplace=True)
 
 
@@ -57,10 +54,11 @@ class FisherAccumulator:
     an expert that is sent some tokens only, is refused in the backward pass.
 
     Args:
-        model: any nn.Module; for ``update``, one that is called with the batch and returns ``logits``.
+        model: any nn.Module, also inside DistributedDataParallel; for ``update``, one that is called with the batch and
+            returns ``logits``.
         target_modules: which nn.Linear and transformers' Conv1D: names or ends of names ("q_proj", "mlp.c_fc"), a
             regular expression that matches whole names, or None for all but the output head. Layers wrapped by PEFT go
-            by the wrapper's name; adapters are not targets.
+            by the wrapper's name; adapters are not targets. A module that has two names has both in ``fisher``.
         granularity: "sequence" as above. "token" squares every position's outer product by itself:
             F = sum_t (delta_t^T a_t)^2 / sum_s n_s, with delta_t the gradient of the sequence's summed loss at the
             layer's output for position t. "batch" takes a whole micro-batch for one sequence: F depends on its size.
@@ -73,8 +71,8 @@ class FisherAccumulator:
         process_group: the ranks whose results are summed; all by default, where torch.distributed is initialised.
 
     Raises:
-        ValueError: no or unsuitable targets, a weight shared with a module that is not a target, a budget too small for
-            one layer.
+        ValueError: targets that name no layer, a weight shared with a module that is not a target, a budget too small
+            for one layer.
         FloatingPointError: from ``update`` or ``sequences``, or from ``fisher``, if gradients are NaN or infinite, with
             the layer's name. The sums are spoilt then and not given out any more: go on from the last ``state_dict``.
 
@@ -96,6 +94,8 @@ class FisherAccumulator:
     ) -> None:
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, but is {granularity!r}")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module  # there is no gradient for it to average
         self.model, self.granularity = model, granularity
         self._loss, self._ignore_index, self._process_group = loss, ignore_index, process_group
         self._groups = in_groups(find_layers(model, target_modules), memory_budget, accumulators)
@@ -115,8 +115,8 @@ class FisherAccumulator:
 
     def groups(self) -> Iterator[list[str]]:
         """The names of the layers of each pass in turn. Inside the loop ``update`` and ``fisher`` mean these layers;
-        their matrices are given up on the way to the next. After ``load_state_dict``, begins with the pass it belongs
-        to."""
+        their matrices are given up on the way to the next, so hold none of them any longer. After ``load_state_dict``,
+        begins with the pass it belongs to."""
         first, resumed = self._resumed or 0, self._resumed
         self._resumed = None
         for index in range(first, self.passes):
@@ -125,6 +125,8 @@ class FisherAccumulator:
             yield [layer.name for layer in self._layers]
 
     def __enter__(self) -> FisherAccumulator:
+        if self._restore is not None:
+            raise RuntimeError("FisherAccumulator was entered already")
         with contextlib.ExitStack() as stack:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
@@ -153,11 +155,14 @@ class FisherAccumulator:
                 or in a packed batch what ``position_ids`` that begin anew, or ``cu_seq_lens_q``, say. The model must
                 keep packed sequences apart itself.
             offsets: the sequences' bounds, for batches that do not tell.
+
+        Raises:
+            ValueError: no ``labels``, or offsets that do not cover the tokens.
         """
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        offsets = sequence_offsets(batch) if offsets is None else torch.as_tensor(offsets, dtype=torch.int64)
-        targets = next_token_labels(batch["labels"], offsets, self._ignore_index)
-        counts = label_counts(targets, offsets, self._ignore_index)
+        inputs, targets, offsets, counts = read_batch(batch, offsets, self._ignore_index)
+        if getattr(getattr(self.model, "config", None), "use_cache", False):
+            # With a cache, transformers' models do not look for packed sequences.
+            inputs = {"use_cache": False, **inputs}
         with self.sequences(offsets, counts):
             total = self._loss(self.model, inputs, targets)
             total.backward()
@@ -177,16 +182,19 @@ class FisherAccumulator:
         """
         if self._restore is None:
             raise RuntimeError("FisherAccumulator must be entered first: `with FisherAccumulator(...) as accumulator:`")
-        if not self._layers:
-            raise RuntimeError(f"memory_budget makes this {self.passes} passes: iterate over `groups()`")
         if self._batch is not None:
             raise RuntimeError("one batch at a time: `sequences` was entered inside `sequences`")
         self._check_usable("accumulate")
-        self._batch = Batch(offsets, label_counts, loss_scale, self._unit, self.granularity)
+        self._batch = Batch(offsets, label_counts, loss_scale, float(self._unit), self.granularity)
         try:
             yield
             for layer in self._layers:
                 self._add(layer)
+            if self._batch.label_tokens > 0 and not any(layer.added for layer in self._layers):
+                raise RuntimeError(
+                    f"no gradient reached {', '.join(layer.name for layer in self._layers)}: the forward pass and its "
+                    "loss.backward() belong inside the `sequences` block"
+                )
             self._label_tokens += self._batch.label_tokens.to(self._label_tokens)
             self._check_edges()
         except BaseException:
@@ -212,23 +220,29 @@ class FisherAccumulator:
         if total == 0:
             raise RuntimeError("no labels have been accumulated")
         for layer in self._layers:
-            layer.fisher *= self._unit / total
-        self._unit = total
+            layer.fisher *= float(self._unit) / total
+        self._unit.fill_(total)
         self._check_all()
         return {name: layer.fisher for layer in self._layers for name in layer.names}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums so far, as a flat dict of the accumulator's own tensors; under torch.distributed, this rank's."""
+        """The sums so far; under torch.distributed, this rank's.
+
+        A flat dict of the accumulator's own tensors, like nn.Module's: save or clone them before batches that follow.
+        """
         self._check_usable("be saved")
         return {
             **{f"fisher.{layer.name}": layer.fisher for layer in self._layers},
-            "unit": torch.tensor(self._unit, dtype=torch.float64),
-            "label_tokens": self._label_tokens.clone(),
+            "unit": self._unit,
+            "label_tokens": self._label_tokens,
             "granularity": torch.tensor(GRANULARITIES.index(self.granularity)),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a ``state_dict`` of the same model, targets, budget and granularity; ValueError if it is not."""
+        missing = {"unit", "label_tokens", "granularity"} - state.keys()
+        if missing:
+            raise ValueError(f"state must be a FisherAccumulator's state_dict, but lacks {', '.join(sorted(missing))}")
         names = {name.removeprefix("fisher.") for name in state if name.startswith("fisher.")}
         index = next((i for i, g in enumerate(self._groups) if names == {layer.name for layer in g}), None)
         if index is None:
@@ -254,7 +268,7 @@ class FisherAccumulator:
         for layer in self._layers:
             layer.allocate()
         # fisher holds sums divided by `unit`; bringing it to F's scale in place saves a second copy of everything.
-        self._unit = 1.0
+        self._unit = torch.ones((), dtype=torch.float64)
         self._label_tokens = torch.zeros((), dtype=torch.float64, device=self._layers[0].device)
         self._failure: str | None = None
         self._summed_over_ranks = False
@@ -276,7 +290,7 @@ class FisherAccumulator:
         if not output.requires_grad:
             output = require_grad(output)
         saved = [keep(inputs)]
-        output.register_hook(functools.partial(self._receive, layer, self._batch, saved))
+        as_computed(output).register_hook(functools.partial(self._receive, layer, self._batch, saved))
         return output
 
     def _receive(self, layer: Layer, batch: Batch, saved: list[Tensor], grad_output: Tensor) -> None:
@@ -313,23 +327,18 @@ class FisherAccumulator:
     def _check_edges(self) -> None:
         """A NaN or infinity in a column of delta fills a row of F, and one of a a column: so two edges tell all."""
         added = [layer for layer in self._layers if layer.added]
-        if not added:
-            return
-        device = added[0].device
-        edges = torch.stack([(layer.fisher[0].sum() + layer.fisher[:, 0].sum()).to(device) for layer in added])
-        self._raise_unless_finite(added, edges)
+        self._raise_unless_finite(measured(added, lambda fisher: fisher[0].sum() + fisher[:, 0].sum()))
 
     def _check_all(self) -> None:
         """What the edges do not show: squares that overflowed."""
-        device = self._layers[0].device
-        largest = torch.stack([layer.fisher.amax().to(device) for layer in self._layers])
-        self._raise_unless_finite(self._layers, largest)
-        unreached = [layer.name for layer, value in zip(self._layers, largest.tolist(), strict=True) if value == 0]
+        largest = measured(self._layers, torch.amax)
+        self._raise_unless_finite(largest)
+        unreached = [name for name, value in largest.items() if value == 0]
         if unreached:
             warnings.warn(f"no gradient reached {', '.join(unreached)}: the Fisher information is 0", stacklevel=3)
 
-    def _raise_unless_finite(self, layers: list[Layer], values: Tensor) -> None:
-        broken = [layer.name for layer, value in zip(layers, values.tolist(), strict=True) if not math.isfinite(value)]
+    def _raise_unless_finite(self, values: Mapping[str, float]) -> None:
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             self._failure = f"NaN or infinite squared gradients in {', '.join(broken)}"
             raise FloatingPointError(self._failure)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from loku_kernels.ops.fisher import check_offsets
 
 
 def sequence_offsets(batch: Mapping[str, Tensor]) -> Tensor:
@@ -27,6 +29,15 @@ def sequence_offsets(batch: Mapping[str, Tensor]) -> Tensor:
         starts &= mask != 0
     starts[:, 0] = True
     return torch.nn.functional.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=rows * length)
+
+
+def checked_offsets(offsets: Tensor | Sequence[int], tokens: int | None = None) -> Tensor:
+    """Bounds (S + 1,), int64 on the CPU. ValueError unless they start at 0, never decrease, and end at ``tokens``."""
+    offsets = torch.as_tensor(offsets, dtype=torch.int64).cpu()
+    if offsets.dim() != 1 or len(offsets) == 0:
+        raise ValueError(f"offsets must have shape (sequences + 1,), but have {tuple(offsets.shape)}")
+    check_offsets(offsets, int(offsets[-1]) if tokens is None else tokens)
+    return offsets
 
 
 def next_token_labels(labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:

@@ -41,12 +41,23 @@ def case(name: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor
         weight = with_spectrum((order <= 5).double() / order + 1e-3, rows, columns)
     elif name == "eight decades":
         row_weight = 10 ** (-8 * torch.rand(rows, dtype=torch.float64, generator=generator))
-    elif name == "zero rows":
+    elif name in ("zero rows", "eight decades and zero rows"):
+        if name.startswith("eight"):
+            row_weight = 10 ** (-8 * torch.rand(rows, dtype=torch.float64, generator=generator))
         row_weight[torch.rand(rows, generator=generator) < 0.6] = 0
     return weight, row_weight
 
 
-CASES = ("flat", "power law", "steep", "clustered", "low rank and noise", "eight decades", "zero rows")
+CASES = (
+    "flat",
+    "power law",
+    "steep",
+    "clustered",
+    "low rank and noise",
+    "eight decades",
+    "zero rows",
+    "eight decades and zero rows",
+)
 
 
 def optimum(weight: torch.Tensor, row_weight: torch.Tensor, rank: int) -> tuple[float, float]:

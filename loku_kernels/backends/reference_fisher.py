@@ -5,6 +5,8 @@ A block of rows of ``fisher`` at a time, so that only a block of one sequence's 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def fisher_accumulate(fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, offs
     height = _block_rows(fisher)
     buffer = fisher.new_empty(min(height, len(fisher)), fisher.shape[1])
     for block, grads in zip(fisher.split(height), grad_outputs.split(height, dim=1), strict=True):
-        for begin, end, scale in zip(bounds, bounds[1:], scales, strict=True):
+        for (begin, end), scale in zip(itertools.pairwise(bounds), scales, strict=True):
             if begin < end:
                 gradient = torch.mm(grads[begin:end].t(), inputs[begin:end], out=buffer[: len(block)])
                 block.addcmul_(gradient, gradient, value=scale)

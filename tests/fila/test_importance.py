@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from fila_models import FAMILIES, VOCABULARY, adapted, build, logits, token_ids
+from fila_models import FAMILIES, adapted, build, logits, token_ids
+from fisher_oracle import explicit_fisher, groups_of, matrices_alive, padded, sequences
 from peft import LoraConfig
 
 from loku.fila import (
@@ -19,40 +20,10 @@ from loku.fila import (
 from loku.fila.targets import base_weight, lora_layers
 
 
-def sequences(seed: int, count: int = 5) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(4, 12, (count,), generator=generator).tolist()
-    return [torch.randint(VOCABULARY, (length,), generator=generator) for length in lengths]
-
-
-def padded(rows: list[torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of right-padded rows whose first two labels are ignored, as a prompt's are."""
-    batches = []
-    for i in range(0, len(rows), size):
-        part = rows[i : i + size]
-        pad = torch.nn.utils.rnn.pad_sequence
-        ids, mask = pad(part, True), pad([torch.ones_like(row) for row in part], True)
-        labels = pad([row.clone() for row in part], True, -100)
-        labels[:, :2] = -100
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return batches
-
-
-def explicit_fisher(base, rows: list[torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
-    """sum_s n_s g_s^2 / sum_s n_s, one sequence and one backward pass at a time; (out, in)."""
-    base = copy.deepcopy(base).double()
-    weights = [base.get_submodule(name).weight.requires_grad_() for name in names]
-    total = [torch.zeros_like(weight) for weight in weights]
-    labels = 0
-    for row in rows:
-        n = len(row) - 2
-        log_p = base(row[None]).logits[0, 1:-1].log_softmax(-1)
-        loss = -log_p.gather(1, row[2:, None]).mean()
-        for fisher, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
-            fisher += n * gradient**2
-        labels += n
-    transpose = {name: type(base.get_submodule(name)).__name__ == "Conv1D" for name in names}
-    return {name: (f.T if transpose[name] else f) / labels for name, f in zip(names, total, strict=True)}
+def exact_fisher(base, rows: list[torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """In float64, (out, in) also for Conv1D."""
+    fisher = explicit_fisher(copy.deepcopy(base).double(), groups_of(rows, 1), names)
+    return {name: f.T if type(base.get_submodule(name)).__name__ == "Conv1D" else f for name, f in fisher.items()}
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
@@ -65,7 +36,7 @@ def test_row_weights_from_data(family, eps_mode):
     state = get_fila_state_dict(model, padded(forget, 2), padded(retain, 3), config, show_progress_bar=False)
     names = list(lora_layers(model, "default"))
     assert list(state) == names
-    f, r = explicit_fisher(base, forget, names), explicit_fisher(base, retain, names)
+    f, r = exact_fisher(base, forget, names), exact_fisher(base, retain, names)
     for name in names:
         eps = 1e-5 * (r[name].mean() if eps_mode == "relative" else 1)
         expected = (f[name] / (eps + r[name])).sum(1).sqrt()
@@ -97,6 +68,17 @@ def test_a_plain_model_groups_and_batch_sizes_give_the_same():
         assert state.keys() == whole.keys() and len(state) == 4
         for name in state:
             torch.testing.assert_close(state[name], whole[name], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_groups_of_modules_stay_within_the_memory_budget(modules, monkeypatch):
+    """Both data sets' Fisher matrices of a group are gone when those of the next are made."""
+    alive = matrices_alive(monkeypatch)
+    data = padded(sequences(0), 5)
+    config = FilaConfig(memory_budget=2 * modules * 4 * 48 * 32)
+    model = adapted(build("llama"), target_modules=["up_proj", "gate_proj"])
+    get_fila_state_dict(model, data, data, config, show_progress_bar=False)
+    assert len(alive) == 2 * 4 and max(alive) <= config.memory_budget
 
 
 @pytest.mark.parametrize("mode", ["residual", "shadow"])

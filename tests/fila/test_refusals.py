@@ -134,22 +134,52 @@ class FourBitLinear(nn.Linear):
         return nn.functional.linear(x, self.weight.data.to(x.dtype) * self.weight.quant_state)
 
 
-def test_quantised_bases_are_served_by_the_shadow_mode_alone(monkeypatch):
-    stub = types.ModuleType("bitsandbytes")
-    stub.functional = types.SimpleNamespace(dequantize_4bit=lambda data, scale: data.float() * scale)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", stub)
+class Int8Params(nn.Parameter):
+    """Likewise for 8 bits: the layer's ``state`` has the largest entry of each row."""
+
+    def __new__(cls, data):
+        return torch.Tensor._make_subclass(cls, data, False)
+
+    def __deepcopy__(self, memo):
+        return Int8Params(self.data.clone())
+
+
+class EightBitLinear(nn.Linear):
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.state = types.SimpleNamespace(SCB=linear.weight.detach().abs().amax(1))
+        self.weight = Int8Params((127 * linear.weight.detach() / self.state.SCB[:, None]).round().to(torch.int8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, dequantised_rows(self.weight.data, self.state.SCB).to(x.dtype))
+
+
+def dequantised_rows(data, largest):
+    return data.float() * (largest / 127)[:, None]
+
+
+@pytest.mark.parametrize("linear", [FourBitLinear, EightBitLinear])
+def test_quantised_bases_are_served_by_the_shadow_mode_alone(linear, monkeypatch):
     base = build("llama")
     for layer in base.model.layers:
-        layer.mlp.up_proj = FourBitLinear(layer.mlp.up_proj)
+        layer.mlp.up_proj = linear(layer.mlp.up_proj)
     model = adapted(base, target_modules=["up_proj", "q_proj"])
-    with pytest.raises(ValueError, match=r"quantised weight of .*up_proj \(Params4bit\).*use mode='shadow'"):
+    stub = types.ModuleType("bitsandbytes")
+    stub.functional = types.SimpleNamespace(
+        dequantize_4bit=lambda data, scale: data.float() * scale, int8_vectorwise_dequant=dequantised_rows
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stub)
+    with pytest.raises(
+        ValueError, match=r"quantised weight of .*up_proj \((Params4bit|Int8Params)\).*use mode='shadow'"
+    ):
         start(model)
     state = some_state(model)
     start(model, state, mode="shadow")
     assert torch.equal(logits(model), logits(base))
-    weights = base.model.layers[0].mlp.up_proj
+    quantised = base.model.layers[0].mlp.up_proj
+    weight = quantised(torch.eye(quantised.in_features)).T
     A = model.get_base_model().model.layers[0].mlp.up_proj.lora_A["default"].weight
-    scaled = state["model.layers.0.mlp.up_proj"][:, None] * weights.weight.data.float() * weights.weight.quant_state
+    scaled = state["model.layers.0.mlp.up_proj"][:, None] * weight
     V = torch.linalg.svd(scaled.double(), full_matrices=False)[2][:4]
     projected = A.double() @ V.T @ V
     torch.testing.assert_close(projected, A.double(), rtol=0, atol=1e-4 * float(A.abs().max()))
