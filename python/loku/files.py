@@ -11,6 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # what torch.save's errors name; they are RuntimeErrors
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """What cannot be written under ``path`` (a full disk, say) is an OSError, whichever library was writing."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH_WRITER):
+            raise
+        raise OSError(f"{path} cannot be written: {error}") from error
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
@@ -19,8 +34,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -30,7 +46,7 @@ def filling(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder whose contents are moved into ``path``, file by file, when the block ends without an error."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary, writing(path):
         yield Path(temporary)
         path.mkdir(exist_ok=True)
         for file in Path(temporary).iterdir():

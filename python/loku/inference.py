@@ -10,16 +10,22 @@ from torch import nn
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[torch.device]:
-    """No dropout and no gradients inside; each module's ``training`` is as it was afterwards. Yields the device."""
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode inside; each module's ``training`` is as it was afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
+        yield
     finally:
         for module, was in training.items():
             module.training = was
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[torch.device]:
+    """Neither dropout nor gradients inside. Yields the model's device."""
+    with without_dropout(model), torch.no_grad():
+        yield next(model.parameters()).device
 
 
 def context_length(model: nn.Module) -> int | None:

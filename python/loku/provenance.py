@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,8 +25,11 @@ def hardware() -> str:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Python's version and those of the packages that are installed."""
-    installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    return {"python": platform.python_version(), **{name: installed[name] for name in packages if name in installed}}
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def commit() -> str:

@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from training_setup import causal_lm, scored_logits, sequences, with_adapter
 
 from loku.data import Role, UnlearningCollator
+from loku.head import OutputHead
 from loku.training import METHODS, Scorer, get_method
-from loku.training.head import OutputHead
 from loku.training.methods import Totals
 from loku.training.scores import HiddenScores
 

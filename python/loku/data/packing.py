@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from loku.data.collate import LanguageModelCollator
+from loku.inference import evaluation_mode
 
 _TOKENS = 4  # of each sequence: few, so that models with a short context can be asked
 _REFUSALS = (TypeError, ValueError, NotImplementedError, IndexError, RuntimeError)
 
 
-@torch.no_grad()
 def packing_is_exact(model: nn.Module) -> bool:
     """Whether the batches of a packing collator give each sequence the logits that it has alone. Measured.
 
@@ -27,7 +24,7 @@ def packing_is_exact(model: nn.Module) -> bool:
     Call it before the model is wrapped for several processes. Random numbers of torch's generators are not consumed.
     """
     try:
-        with _evaluating(model):
+        with evaluation_mode(model):
             return _measure(model)
     except torch.OutOfMemoryError:
         raise
@@ -61,14 +58,3 @@ def _measure(model: nn.Module) -> bool:
 def _logits(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     return model(**{name: tensor.to(device) for name, tensor in inputs.items()}, **options).logits.double()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,8 +44,9 @@ def generate_greedily(
     for prompt, ids in zip(prompts, tokens, strict=True):
         if not 0 < len(ids) < max_length:
             raise ValueError(f"max_length = {max_length} leaves no answer to a prompt of {len(ids)} tokens: {prompt!r}")
-    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # The longest prompt of a batch is continued until the shortest is done, which must not lead beyond the context.
+    spread = math.inf if context is None else context - max_length
+    batches = _batches([len(ids) for ids in tokens], batch_size, spread)
     answers = [""] * len(prompts)
     with evaluation_mode(model) as device:
         for indices in progress(batches, what, "batch", show_progress_bar):
@@ -59,6 +61,16 @@ def rouge_recall(generated: Sequence[str], truths: Sequence[str]) -> dict[str, l
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     scores = [scorer.score(truth, text) for truth, text in zip(truths, generated, strict=True)]
     return {f"{kind}_recall": [score[kind].recall for score in scores] for kind in ("rouge1", "rougeL")}
+
+
+def _batches(lengths: Sequence[int], batch_size: int, spread: float) -> list[list[int]]:
+    """Indices by length, the longest first; in a batch lengths differ by ``spread`` at most."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or len(batches[-1]) == batch_size or lengths[batches[-1][0]] - lengths[i] > spread:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def _continuations(

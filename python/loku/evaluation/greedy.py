@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from loku.head import hidden_states, run
 from loku.inference import context_length, tokens_at_once
-from loku.training.head import hidden_states, run
 from loku.training.scores import Scorer
 from loku_kernels import fused_cross_entropy, fused_linear_cross_entropy
 
@@ -31,7 +31,7 @@ def check_input_ids(model: nn.Module, input_ids: Tensor, least: int) -> None:
 class GreedyReader:
     """The likeliest token after each token that a model reads, the lowest on ties.
 
-    From hidden states where the model's head can be taken over (see `loku.training.head`), else from its logits: in
+    From hidden states where the model's head can be taken over (see `loku.head`), else from its logits: in
     either case by one sweep of the fused kernels, which on a CPU takes a fraction of the time of argmax.
     """
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -18,7 +18,10 @@ from loku.fila.progress import progress
 from loku.fila.relative_importance import row_weights
 from loku.fila.state import FilaStateDict
 from loku.fila.targets import lora_layers
-from loku_kernels.fisher_accumulator import FisherAccumulator
+from loku.head import HeadRefused, head_refusal, hidden_states
+from loku.inference import without_dropout
+from loku_kernels import fused_linear_cross_entropy
+from loku_kernels.fisher_accumulator import FisherAccumulator, sum_of_token_losses
 
 
 def get_fila_state_dict(
@@ -62,22 +65,35 @@ def get_fila_state_dict(
     device = next(base.parameters()).device
     data = {"forget": forget_dataloader, "retain": retain_dataloader}
     names = "|".join(map(re.escape, modules))
-    accumulators = {
-        which: FisherAccumulator(base, names, config.granularity, memory_budget=config.memory_budget) for which in data
-    }
+    settings = {"memory_budget": config.memory_budget, "loss": _loss_of(base)}
+    accumulators = {which: FisherAccumulator(base, names, config.granularity, **settings) for which in data}
     passes = accumulators["forget"].passes
     _check_passes(data, passes, config.memory_budget)
-    with _as_base_model(model), accumulators["forget"] as forget, accumulators["retain"] as retain:
+    as_base_model = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    with as_base_model, without_dropout(model), accumulators["forget"] as forget, accumulators["retain"] as retain:
         for number, (group, _) in enumerate(zip(forget.groups(), retain.groups(), strict=True), start=1):
             for which, batches in data.items():
                 what = f"{which} importance" + (f", pass {number} of {passes}" if passes > 1 else "")
                 bar = progress(batches, what, "batch", show_progress_bar, modules=len(group))
                 _accumulate(accumulators[which], bar, which, device)
-            f, r = forget.fisher, retain.fisher
-            for name in f:
-                rows = (_rows_are_outputs(modules[name], fisher[name]) for fisher in (f, r))
-                state[name] = row_weights(*rows, config.eps, config.eps_mode, name)
+            state.update(_row_weights(modules, forget.fisher, retain.fisher, config))
     return state
+
+
+def _loss_of(base: nn.Module) -> Callable[[nn.Module, Mapping, Tensor], Tensor]:
+    """The tokens' summed loss, with logits of scored tokens only, a chunk at a time, where the head allows it."""
+    return sum_of_token_losses if head_refusal(base) is not None else _loss_from_hidden_states
+
+
+def _loss_from_hidden_states(base: nn.Module, inputs: Mapping, targets: Tensor) -> Tensor:
+    try:
+        hidden, head = hidden_states(base, inputs)
+    except HeadRefused:  # the head is a target: it must be seen at work
+        return sum_of_token_losses(base, inputs, targets)
+    transform = {"bias": head.bias, "logit_scale": head.scale, "logit_softcap": head.softcap}
+    scored = (targets.flatten() >= 0).nonzero().squeeze(1)
+    with head.autocasting():
+        return fused_linear_cross_entropy(hidden, head.weight, targets, rows=scored, reduction="sum", **transform)
 
 
 def _accumulate(accumulator: FisherAccumulator, batches: Iterable[Mapping], which: str, device: torch.device) -> None:
@@ -89,6 +105,18 @@ def _accumulate(accumulator: FisherAccumulator, batches: Iterable[Mapping], whic
         empty = False
     if empty:
         raise ValueError(f"{which}_dataloader has no batches")
+
+
+def _row_weights(
+    modules: Mapping[str, nn.Module], forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], config: FilaConfig
+) -> dict[str, Tensor]:
+    """A group's; nothing else holds its Fisher matrices when the next group's are made."""
+    weights = {}
+    for name, module in modules.items():
+        if name in forget:
+            fisher = (_rows_are_outputs(module, f[name]) for f in (forget, retain))
+            weights[name] = row_weights(*fisher, config.eps, config.eps_mode, name)
+    return weights
 
 
 def _rows_are_outputs(module: nn.Module, fisher: Tensor) -> Tensor:
@@ -118,16 +146,3 @@ def _target_modules(model: nn.Module, peft_config: LoraConfig | None, adapter_na
     if not modules:
         raise ValueError(f"no linear layer of the model matches target_modules = {peft_config.target_modules!r}")
     return modules
-
-
-@contextmanager
-def _as_base_model(model: nn.Module) -> Iterator[None]:
-    """Adapters disabled, and dropout."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-            yield
-    finally:
-        for module, was in training.items():
-            module.training = was

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loku.files import replacing
+from loku.files import replacing, writing
 from loku.inference import evaluation_mode
 
 
@@ -52,7 +52,7 @@ class JsonLinesCallback(TrainerCallback):
         seconds = round(time.perf_counter() - self._begin, 3)
         line = {"step": state.global_step, "epoch": state.epoch, "seconds": seconds, **(logs or {})}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
 
     def _lines(self) -> list[dict[str, Any]]:

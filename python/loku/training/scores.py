@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from loku.data import IGNORE_INDEX, MODEL_INPUTS, Role
-from loku.training.head import HeadRefused, OutputHead, check_hidden_states, hidden_states, run
+from loku.head import HeadRefused, OutputHead, head_refusal, hidden_states, run
 from loku_kernels import (
     TargetStatistics,
     fused_linear_unlearning_loss,
@@ -184,7 +184,7 @@ class LogitScores(Scores):
 class Scorer:
     """scorer(model, batch) -> Scores, from hidden states where that gives the model's own logits.
 
-    Whether it does is measured once, on the bare model: see `loku.training.head`. Where it does not, the model computes
+    Whether it does is measured once, on the bare model: see `loku.head`. Where it does not, the model computes
     its logits: LoRA on the head, a quantised, offloaded or compiled head, FSDP, DeepSpeed, and models that do more to
     their logits than scale and cap them.
 
@@ -194,13 +194,9 @@ class Scorer:
 
     def __init__(self, model: nn.Module, chunk_bytes: int | None = None) -> None:
         self.chunk_bytes = chunk_bytes
-        self.refusal: str | None = None
-        try:
-            check_hidden_states(model)
-        except torch.OutOfMemoryError:
-            raise
-        except (HeadRefused, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            self._use_logits(error)
+        self.refusal = head_refusal(model)
+        if self.refusal is not None:
+            self._warn()
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
         """One forward pass of ``model``, bare or wrapped, over a batch of `loku.data.UnlearningCollator`."""
@@ -211,7 +207,8 @@ class Scorer:
             try:
                 hidden, head = hidden_states(model, inputs)
             except HeadRefused as error:
-                self._use_logits(error)
+                self.refusal = str(error)
+                self._warn()
             else:
                 return HiddenScores(
                     **of_rows, chunk_bytes=self.chunk_bytes, hidden=hidden.flatten(0, 1)[rows], head=head
@@ -219,8 +216,7 @@ class Scorer:
         logits = run(model, inputs).logits.flatten(0, 1)
         return LogitScores(**of_rows, chunk_bytes=self.chunk_bytes, all_logits=logits, rows=rows)
 
-    def _use_logits(self, reason: Exception) -> None:
-        self.refusal = str(reason) or type(reason).__name__
+    def _warn(self) -> None:
         logger.warning(f"The loss is computed from the model's own logits, which takes more memory: {self.refusal}.")
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from loku.data import Example, PairedDataset, Role, UnlearningCollator, packing_is_exact
 from loku.fila.stored_form import FilaLoraConfig
+from loku.files import writing
 from loku.inference import evaluation_mode
 from loku.training.callbacks import EvaluationCallback
 from loku.training.checkpoints import checkpoint_fault, last_whole_checkpoint
@@ -136,6 +137,11 @@ class UnlearningTrainer(Trainer):
             logs.update(zip(names, means.tolist(), strict=True))
             self._parts = {}
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Raises OSError where it cannot be written; those written before are whole."""
+        with writing(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Tensor]], device: torch.device) -> Tensor:
         """(2, 3): tokens and sequences of each role in these batches of all processes, see `Totals`."""

@@ -79,7 +79,8 @@ def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, 
     head = _find_head(model)
     with _probing(head) as calls:
         probed = run(model, inputs).logits
-    if len(calls) != 1 or calls[0][0].shape[:-1] != inputs["input_ids"].shape:
+    tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"][..., 0]
+    if len(calls) != 1 or calls[0][0].shape[:-1] != tokens.shape:
         raise HeadRefused("the head is not called once with the hidden states of all tokens")
     hidden, autocast = calls[0]
     return hidden, OutputHead(head.weight, head.bias, *_transform(probed), autocast)
@@ -98,6 +99,17 @@ def check_hidden_states(model: nn.Module) -> None:
     tolerance = 16 * torch.finfo(own.dtype if head.autocast is None else head.autocast).eps
     if ours.shape != own.shape or not bool((ours - own).abs().max() <= tolerance * own.abs().max()):
         raise HeadRefused("the head's product is not the model's logits")
+
+
+def head_refusal(model: nn.Module) -> str | None:
+    """Why the hidden states cannot stand for the model's logits, as `check_hidden_states` finds; None if they can."""
+    try:
+        check_hidden_states(model)
+    except torch.OutOfMemoryError:
+        raise
+    except (HeadRefused, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        return str(error) or type(error).__name__
+    return None
 
 
 def _find_head(model: nn.Module) -> nn.Linear:

@@ -1,0 +1,7 @@
+"""``python -m loku``."""
+
+import sys
+
+from loku.cli import main
+
+sys.exit(main())

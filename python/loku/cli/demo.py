@@ -1,0 +1,135 @@
+"""``loku demo``: from nothing to an unlearned model and a report, with the commands that a user would type."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loku.cli import finetune, report, unlearn
+from loku.cli.errors import CommandError, blaming
+from loku.cli.options import option, parse
+from loku.data import PROMPTS
+from loku.demo.people import Person, invent
+from loku.demo.tokenizer import train_tokenizer
+from loku.evaluation import generate_greedily
+from loku.files import filling
+
+_METHODS = ("loku", "gd")
+_PROMPT = "plain"
+_MODEL = {
+    "model_type": "gpt_neo",
+    "hidden_size": 128,
+    "num_layers": 4,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 2]],
+    "max_position_embeddings": 128,
+    "window_size": 64,
+    "embed_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "resid_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@dataclass
+class DemoRun:
+    """How large, and where to."""
+
+    output_dir: str = option("runs/demo", "folder for the corpus, the model, the runs and the report")
+    people: int = option(40, "how many people are invented")
+    forget: int = option(4, "how many of them must be forgotten")
+    memorise_epochs: int = option(60, "epochs of training on all of them")
+    unlearn_epochs: int = option(8, "epochs of unlearning")
+    seed: int = option(0, "of the people, the model and the training")
+    overwrite: bool = option(False, "delete what an earlier demo left in output_dir")
+
+
+def main(argv: list[str]) -> None:
+    """Invent people, train a small GPT-Neo until it knows them by heart, and unlearn some, with LoKU and with gradient
+    difference. Needs no network and no data; takes a few minutes on two cores.
+    """
+    (demo,) = parse("demo", [DemoRun], argv, main.__doc__)
+    if not 0 < demo.forget < demo.people:
+        raise CommandError(f"--forget must be from 1 to people - 1 = {demo.people - 1}, but is {demo.forget}")
+    with blaming("--people"):
+        people = invent(demo.people, demo.seed)
+    folder, console, started = Path(demo.output_dir), Console(), time.monotonic()
+    if folder.exists():
+        if not demo.overwrite:
+            raise CommandError(f"{folder} exists: choose another --output_dir, or give --overwrite")
+        shutil.rmtree(folder)
+    corpus = write_corpus(folder, people, demo.forget)
+    console.print(f"{demo.people} people were invented, of whom {demo.forget} must be forgotten.")
+
+    common = ["--data_dir", str(folder), "--prompt", _PROMPT, "--max_length", "96", "--seed", str(demo.seed)]
+    common += ["--save_strategy", "no", "--report_to", "none"]
+    _memorise(demo, folder, common)
+    for method in _METHODS:
+        _unlearn(method, demo, folder, common)
+    runs = [str(folder / method) for method in _METHODS]
+    report.main(["--runs", *runs, "--output", str(folder / "report"), "--title", "Unlearning invented people"])
+    console.print(answers(folder, corpus))
+    console.print(f"{time.monotonic() - started:.0f} seconds; see {folder / 'report' / 'report.html'}")
+
+
+def write_corpus(folder: Path, people: list[Person], forget: int) -> dict[str, list[dict[str, str]]]:
+    """forget.jsonl, retain.jsonl, model.json, and the tokenizer, in ``folder``."""
+    parts = {"forget": people[:forget], "retain": people[forget:]}
+    corpus = {part: [record for person in group for record in person.records()] for part, group in parts.items()}
+    texts = [f"{record['question']}\n{record['answer']}" for part in corpus.values() for record in part]
+    with filling(folder) as new:
+        for part, records in corpus.items():
+            (new / f"{part}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (new / "model.json").write_text(json.dumps(_MODEL, indent=1))
+        train_tokenizer(texts, vocabulary=1024).save_pretrained(new / "tokenizer")
+    return corpus
+
+
+def answers(folder: Path, corpus: dict[str, list[dict[str, str]]]) -> Table:
+    """What each model says to a question about someone forgotten, and about someone kept."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target" / "model")
+    table = Table("", "question", "before", *_METHODS, title="Greedy answers")
+    asked = [(part, record["question"]) for part, records in corpus.items() for record in records[:2]]
+    prompts = [PROMPTS[_PROMPT].question(question) for _, question in asked]
+    columns = []
+    for method in (None, *_METHODS):
+        model = AutoModelForCausalLM.from_pretrained(folder / "target" / "model")
+        if method is not None:
+            model = PeftModel.from_pretrained(model, folder / method / "adapter")
+        columns.append(generate_greedily(model, tokenizer, prompts, max_length=96))
+    for (part, question), *said in zip(asked, *columns, strict=True):
+        table.add_row(part, question, *said)
+    return table
+
+
+def _memorise(demo: DemoRun, folder: Path, common: list[str]) -> None:
+    finetune.main(
+        [
+            *("--tokenizer", str(folder / "tokenizer"), "--model_config", str(folder / "model.json")),
+            *("--train", str(folder / "forget.jsonl"), str(folder / "retain.jsonl")),
+            *("--output_dir", str(folder / "target"), "--num_train_epochs", str(demo.memorise_epochs)),
+            *("--learning_rate", "2e-3", "--per_device_train_batch_size", "16"),
+            *common,
+        ]
+    )
+
+
+def _unlearn(method: str, demo: DemoRun, folder: Path, common: list[str]) -> None:
+    unlearn.main(
+        [
+            *("--model", str(folder / "target" / "model"), "--method", method),
+            *("--forget", str(folder / "forget.jsonl"), "--retain", str(folder / "retain.jsonl")),
+            *("--output_dir", str(folder / method), "--num_train_epochs", str(demo.unlearn_epochs)),
+            *("--learning_rate", "1e-3", "--per_device_train_batch_size", "4", "--rank", "16"),
+            *common,
+        ]
+    )

@@ -1,0 +1,48 @@
+"""``loku export``: an adapter for the unmodified base model, or merged weights."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loku.cli.errors import CommandError
+from loku.cli.models import load_model, load_tokenizer
+from loku.cli.options import ModelOptions, option, parse
+from loku.files import filling
+
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+
+
+@dataclass
+class ExportRun:
+    """What to write, and where."""
+
+    format: Literal["adapter", "merged"] = option("adapter", "a plain LoRA adapter, or the model with it merged in")
+    output: str = option("export", "folder to write")
+
+
+def main(argv: list[str]) -> None:
+    """Write what `loku unlearn` trained (--adapter: its run's folder `adapter`, or a checkpoint) for use without loku.
+
+    `adapter`: the files that PeftModel.from_pretrained loads on the unmodified base model, and nothing else. `merged`:
+    the model's weights with the adapter in them, and the tokenizer, for AutoModelForCausalLM.from_pretrained.
+    """
+    model_options, run = parse("export", [ModelOptions, ExportRun], argv, main.__doc__)
+    if model_options.adapter is None:
+        raise CommandError("--adapter is required: the folder `adapter` of a run, or one of its checkpoints")
+    source = Path(model_options.adapter)
+    if not (source / "adapter_model.safetensors").is_file():
+        raise CommandError(f"--adapter {source} holds no adapter_model.safetensors")
+    if run.format == "adapter":
+        with filling(run.output) as folder:
+            for name in _ADAPTER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
+    else:
+        model, tokenizer = load_model(model_options), load_tokenizer(model_options)
+        with filling(run.output) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    print(f"{run.format} written to {run.output}")

@@ -1,0 +1,130 @@
+"""Models, tokenizers and adapters as the commands load and save them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from loku.cli.errors import CommandError, blaming
+from loku.cli.options import AdapterOptions, ModelOptions, read_mapping
+
+_ATTENTION = ("attn", "attention")
+_MLP = ("mlp", "feed_forward", "ffn")
+
+
+def load_model(options: ModelOptions) -> PreTrainedModel:
+    """The model, with ``adapter`` merged into it where one is given.
+
+    Raises CommandError where either is missing, or is none.
+    """
+    if options.model is None:
+        raise CommandError("--model is required: a folder or a name on the hub")
+    arguments = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    if options.attn_implementation is not None:
+        arguments["attn_implementation"] = options.attn_implementation
+    with blaming(f"--model {options.model}"):
+        model = AutoModelForCausalLM.from_pretrained(options.model, **arguments)
+    if options.adapter is not None:
+        with blaming(f"--adapter {options.adapter}", RuntimeError):  # torch's, for weights of other shapes
+            model = PeftModel.from_pretrained(model, options.adapter).merge_and_unload()
+    if torch.cuda.is_available():
+        model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    return model
+
+
+def model_from_config(path: str, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
+    """A model with new weights. ``path``: YAML or JSON with ``model_type`` and what that type's configuration takes.
+
+    Where the file does not say, ``vocab_size`` and the ids of special tokens are the tokenizer's.
+
+    Raises:
+        CommandError: the file is none, or has a key that the type's configuration lacks.
+    """
+    values = read_mapping(path, "--model_config")
+    if "model_type" not in values:
+        raise CommandError(f"--model_config {path} has no model_type, such as gpt_neo, phi or llama")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    with blaming(f"--model_config {path}"):
+        known = AutoConfig.for_model(values["model_type"])
+        unknown = [key for key in values if key not in {*known.to_dict(), *known.attribute_map}]
+        if unknown:
+            raise CommandError(f"--model_config {path}: a {values['model_type']} has no {', '.join(unknown)}")
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **values})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype))
+
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer, with its EOS for padding where it has no padding token, as the benchmarks do."""
+    source = options.tokenizer or options.model
+    if source is None:
+        raise CommandError("--tokenizer or --model is required")
+    with blaming(f"the tokenizer {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise CommandError(f"the tokenizer {source} has no EOS token, which ends every answer: set eos_token in it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def lora_config(model: nn.Module, options: AdapterOptions) -> LoraConfig:
+    """PEFT's configuration of the adapter. Raises CommandError if the rank is not one that all targets can have."""
+    if options.rank < 1:
+        raise CommandError(f"--rank must be positive, but is {options.rank}")
+    targets = target_modules(model, options.targets)
+    for name, module in model.named_modules():
+        if f".{name}".endswith(tuple(f".{target}" for target in targets)) and options.rank > min(module.weight.shape):
+            raise CommandError(f"--rank {options.rank} exceeds {min(module.weight.shape)}, the smaller side of {name}")
+    alpha = 2 * options.rank if options.alpha is None else options.alpha
+    return LoraConfig(
+        r=options.rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        lora_dropout=options.lora_dropout,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+
+
+def target_modules(model: nn.Module, targets: str) -> list[str]:
+    """The linear layers meant: ``all`` but the head, those in attention blocks (``attn``), in MLPs, or as named.
+
+    Raises CommandError if there is none.
+    """
+    head = model.get_output_embeddings()
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    if targets in ("attn", "mlp"):
+        parts = _ATTENTION if targets == "attn" else _MLP
+        chosen = [name for name in linear if any(part in block for block in name.split(".")[:-1] for part in parts)]
+    elif targets == "all":
+        chosen = linear
+    else:
+        ends = tuple(f".{target.strip()}" for target in targets.split(","))
+        chosen = [name for name in linear if f".{name}".endswith(ends)]
+    if not chosen:
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise CommandError(f"--targets {targets!r} names no linear layer of the model, which has {kinds}")
+    return _short_names(chosen, [name for name, _ in model.named_modules()])
+
+
+def _short_names(chosen: list[str], names: list[str]) -> list[str]:
+    """The shortest ends of the chosen names that no other module's name has, as adapter configurations give them."""
+    others = set(names) - set(chosen)
+    for depth in range(1, 1 + max(name.count(".") for name in chosen)):
+        ends = sorted({".".join(name.split(".")[-depth:]) for name in chosen})
+        if not any(f".{name}".endswith(tuple(f".{end}" for end in ends)) for name in others):
+            return ends
+    return chosen

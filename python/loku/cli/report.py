@@ -1,0 +1,32 @@
+"""``loku report``: one run, or several beside each other, as a table and a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from loku.cli.errors import CommandError, blaming
+from loku.cli.options import option, parse
+from loku.report import Run, summary_table, write_report
+
+
+@dataclass
+class ReportRun:
+    """Which runs, and where to."""
+
+    runs: list[str] | None = option(None, "run folders; those that differ in the seed alone are averaged")
+    output: str = option("report", "folder for report.json, report.md and report.html")
+    title: str = option("Unlearning", "of the page")
+
+
+def main(argv: list[str]) -> None:
+    """Compare runs: before and after, over the steps, speed and memory."""
+    (options,) = parse("report", [ReportRun], argv, main.__doc__)
+    if not options.runs:
+        raise CommandError("--runs is required: one run folder or several")
+    with blaming():
+        runs = [Run.load(folder) for folder in options.runs]
+    write_report(runs, options.output, title=options.title)
+    Console().print(summary_table(runs))
+    print(f"report written to {options.output}")

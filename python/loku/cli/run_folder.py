@@ -1,0 +1,99 @@
+"""What a command leaves behind: configuration, versions, metrics and results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerState
+
+from loku.cli.errors import CommandError
+from loku.cli.options import read_mapping
+from loku.fila.progress import peak_memory
+from loku.files import replacing, write_json
+from loku.provenance import commit, hardware, versions
+from loku.report import Run
+
+_EVIDENCE = ("importance.safetensors", "metrics.jsonl", "results.json", "checkpoint-*", "adapter", "model")
+_PACKAGES = ("loku-kernels", "torch", "transformers", "peft", "accelerate", "triton")
+
+
+class RunFolder:
+    """A command's folder: config.yaml, versions.json, metrics.jsonl, results.json, checkpoints, adapter/.
+
+    Of several processes one ``writes``; the others read what it wrote.
+
+    Args:
+        resume: whether to go on with what is there; None for a command that cannot.
+
+    Raises CommandError if ``path`` holds a run already and ``resume`` is not asked for.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume: bool | None = None, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
+        if writes and not resume and self._holds_a_run():
+            advice = "choose another folder" + ("" if resume is None else ", or go on with --resume")
+            raise CommandError(f"--output_dir {self.path} holds a run already: {advice}")
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def begin(self, config: Mapping[str, Any], settled: Iterable[str] = ()) -> None:
+        """Write what the run was told and what it runs on.
+
+        ``settled``: the options that must be as it was, where a run goes on. Raises CommandError if it is not.
+        """
+        if not self.writes:
+            return
+        plain = _plain(config)
+        if self._holds_a_run():
+            earlier = read_mapping(self / "config.yaml", "output_dir's")
+            for key in settled:
+                if plain.get(key) != earlier.get(key):
+                    raise CommandError(
+                        f"the run in {self.path} began with {key} = {earlier.get(key)}, and cannot go on with "
+                        f"{plain.get(key)}"
+                    )
+        with replacing(self / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(plain, sort_keys=False))
+        write_json(self / "versions.json", {**versions(_PACKAGES), "hardware": hardware(), "commit": commit()})
+
+    def _holds_a_run(self) -> bool:
+        """Not where a start came to nothing: it may be tried again."""
+        return (self / "config.yaml").exists() and any(any(self.path.glob(name)) for name in _EVIDENCE)
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        write_json(self / "results.json", results)
+
+
+def costs_of(run: Run, state: TrainerState, others: Mapping[str, float] = {}) -> dict[str, float]:
+    """Steps, epochs, time and memory of a training run, over all its starts.
+
+    ``seconds`` is all of it: the ``others``, what happened before the training, and the training with the evaluations
+    along the way. ``training_seconds`` is without those, and ``tokens_per_second`` (padding not counted) is over it.
+    What a start did after the checkpoint that the next one went on from is not counted, as it was done again.
+    """
+    logged = run.metrics[-1]["seconds"] if run.metrics else 0.0
+    evaluation = sum(line.get("eval_runtime", 0.0) for line in run.metrics)
+    training = logged - evaluation
+    costs = {
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "seconds": logged + sum(others.values()),
+        **others,
+        "evaluation_seconds": evaluation,
+        "training_seconds": training,
+        "peak_memory_mib": peak_memory() / 2**20,
+    }
+    if training > 0 and state.num_input_tokens_seen:
+        costs["tokens_per_second"] = state.num_input_tokens_seen / training
+    return costs
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON and YAML know, and was given or has a default."""
+    return json.loads(json.dumps({key: value for key, value in config.items() if value is not None}, default=str))

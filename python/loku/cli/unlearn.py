@@ -1,0 +1,169 @@
+"""``loku unlearn``: a model, what it must forget and what it must keep, to an adapter and evidence."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from transformers import PreTrainedModel, set_seed
+
+from loku.cli.benchmarks import Benchmark, BenchmarkOptions
+from loku.cli.data import Tokenised
+from loku.cli.errors import CommandError, blaming
+from loku.cli.importance import fila_config, row_weights
+from loku.cli.models import load_model, load_tokenizer, lora_config
+from loku.cli.options import (
+    AdapterOptions,
+    DataOptions,
+    ImportanceOptions,
+    ModelOptions,
+    as_dict,
+    option,
+    parse,
+)
+from loku.cli.run_folder import RunFolder, costs_of
+from loku.data import Example, Role
+from loku.fila import FilaStateDict, initialize_lora_fila_weights, save_fila_adapter
+from loku.files import filling
+from loku.report import Run, summary_table, write_report
+from loku.training import EvaluationCallback, JsonLinesCallback, UnlearnConfig, UnlearningTrainer, last_whole_checkpoint
+
+_WHERE = {"data_dir", "importance", "resume"}  # where files are and how a run starts may change when it goes on
+
+
+@dataclass
+class UnlearnRun:
+    """What to forget and what to keep."""
+
+    forget: str | None = option(None, "source of what must be forgotten: a TOFU split, tdec[0:32], or a .jsonl file")
+    retain: str | None = option(None, "source of what must be kept")
+    refusals: str | None = option(None, "dpo: text file of answers that decline, one a line")
+    resume: bool = option(False, "go on from the last checkpoint in output_dir")
+
+
+@dataclass
+class Data:
+    """Tokenised examples by role."""
+
+    forget: list[Example]
+    retain: list[Example] | None
+    preferred: list[Example] | None
+
+
+def main(argv: list[str]) -> None:
+    """Make a model forget one data set and keep another; writes a LoRA adapter for the unmodified model, and a report.
+
+    The model given (with --adapter merged into it) is the one that has memorised what must be forgotten. `adapter` in
+    the run's folder loads with PeftModel.from_pretrained on it.
+    """
+    types = [
+        ModelOptions, DataOptions, AdapterOptions, ImportanceOptions, BenchmarkOptions, UnlearnRun, UnlearnConfig
+    ]  # fmt: skip
+    options = parse("unlearn", types, argv, main.__doc__)
+    model_options, data_options, adapter, importance, benchmark_options, unlearn, args = options
+    method = args.unlearning_method()
+    _check_sources(unlearn, method.roles)
+    run = RunFolder(args.output_dir, unlearn.resume, writes=args.process_index == 0)
+
+    set_seed(args.seed)
+    tokenizer, model = load_tokenizer(model_options), load_model(model_options)
+    sources = Tokenised.of(data_options, tokenizer, model)
+    data = _load(sources, unlearn, method.roles, args.seed)
+    lora = lora_config(model, adapter)
+    benchmark = Benchmark(benchmark_options, sources, unlearn.forget, unlearn.retain, model)
+    settled = as_dict(model_options, data_options, adapter, importance, unlearn)
+    run.begin(as_dict(*options), [*settled.keys() - _WHERE, "method", "seed"])
+    state = _row_weights(run, model, data, adapter, importance, tokenizer.pad_token_id, args) if method.fila else None
+    with blaming():
+        model = get_peft_model(model, lora)
+    costs = {}
+    if state is not None:
+        started = time.perf_counter()
+        with blaming():
+            initialize_lora_fila_weights(
+                model, state, config=fila_config(importance), show_progress_bar=not args.disable_tqdm
+            )
+        costs = {"importance_seconds": state.importance.get("seconds", 0.0)}
+        costs["initialisation_seconds"] = round(time.perf_counter() - started, 3)
+    args.include_num_input_tokens_seen = "non_padding"  # which the command line cannot say
+    with blaming():
+        trainer = UnlearningTrainer(
+            model=model,
+            args=args,
+            forget_dataset=data.forget,
+            retain_dataset=data.retain,
+            preferred_dataset=data.preferred,
+            processing_class=tokenizer,
+            callbacks=[
+                JsonLinesCallback(run / "metrics.jsonl"),
+                EvaluationCallback(benchmark.evaluate, benchmark.every, benchmark.reached),
+            ],
+        )
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(run.path) if unlearn.resume else None)
+    if trainer.is_world_process_zero():
+        save_adapter(model, run / "adapter")
+        _finish(run, benchmark, trainer, costs)
+
+
+def save_adapter(model: PeftModel, path: Path) -> None:
+    """For ``PeftModel.from_pretrained`` on the unmodified base model, whatever the method."""
+    if hasattr(model.peft_config["default"], "record"):  # FILA was applied
+        save_fila_adapter(model, path)
+    else:
+        with filling(path) as folder:
+            model.save_pretrained(folder)
+
+
+def _check_sources(unlearn: UnlearnRun, roles: tuple[Role, ...]) -> None:
+    for role, source, name in ((Role.FORGET, unlearn.forget, "forget"), (Role.RETAIN, unlearn.retain, "retain")):
+        if role in roles and source is None:
+            raise CommandError(f"--{name} is required by this method: a TOFU split, tdec[0:32], or a .jsonl file")
+
+
+def _load(sources: Tokenised, unlearn: UnlearnRun, roles: tuple[Role, ...], seed: int) -> Data:
+    return Data(
+        forget=sources.examples(unlearn.forget),
+        retain=None if unlearn.retain is None else sources.examples(unlearn.retain),
+        preferred=sources.refusals(unlearn.forget, unlearn.refusals, seed) if Role.PREFERRED in roles else None,
+    )
+
+
+def _row_weights(
+    run: RunFolder,
+    model: PreTrainedModel,
+    data: Data,
+    adapter: AdapterOptions,
+    options: ImportanceOptions,
+    pad: int,
+    args: UnlearnConfig,
+) -> FilaStateDict:
+    """From the file given, or from an earlier start of this run, or computed and kept."""
+    if options.importance is not None and not Path(options.importance).exists():
+        raise CommandError(f"--importance {options.importance} does not exist; `loku importance` writes one")
+    path = Path(options.importance or run / "importance.safetensors")
+    if path.exists():
+        with blaming(f"--importance {path}"):
+            return FilaStateDict.load(path)
+    show = not args.disable_tqdm
+    state = row_weights(model, data.forget, data.retain, adapter, options, pad, args.seed, show_progress_bar=show)
+    if args.process_index == 0:
+        state.save(run / "importance.safetensors")
+    return state
+
+
+def _finish(run: RunFolder, benchmark: Benchmark, trainer: UnlearningTrainer, costs: dict[str, float]) -> None:
+    measured = Run.load(run.path)
+    run.write_results(
+        {
+            "before": measured.before,
+            "after": benchmark.complete(trainer.model, measured.after),
+            "thresholds": benchmark.thresholds,
+            **costs_of(measured, trainer.state, costs),
+        }
+    )
+    finished = Run.load(run.path)
+    write_report([finished], run / "report")
+    Console().print(summary_table([finished]))

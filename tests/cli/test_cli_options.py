@@ -1,0 +1,203 @@
+"""Options from the command line, from YAML files, from presets, and from a run's own config.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+import torch
+import yaml
+from cli_setup import same_weights
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+import loku.cli.unlearn as unlearn_command
+from loku.cli import COMMANDS, main
+from loku.cli.benchmarks import BenchmarkOptions
+from loku.cli.errors import CommandError
+from loku.cli.evaluate import EvaluateRun
+from loku.cli.finetune import FinetuneRun
+from loku.cli.importance import ImportanceRun
+from loku.cli.models import lora_config
+from loku.cli.options import (
+    AdapterOptions,
+    DataOptions,
+    ImportanceOptions,
+    ModelOptions,
+    _preset,
+    as_dict,
+    option,
+    parse,
+    preset_names,
+)
+from loku.training import UnlearnConfig
+
+UNLEARN = [
+    ModelOptions, DataOptions, AdapterOptions, ImportanceOptions, BenchmarkOptions, unlearn_command.UnlearnRun,
+    UnlearnConfig,
+]  # fmt: skip
+OPTIONS = {
+    "unlearn": UNLEARN,
+    "finetune": [ModelOptions, DataOptions, FinetuneRun, UnlearnConfig],
+    "importance": [ModelOptions, DataOptions, AdapterOptions, ImportanceOptions, ImportanceRun],
+    "evaluate": [ModelOptions, DataOptions, EvaluateRun],
+}
+CPU = ["--use_cpu", "--output_dir", "somewhere"]
+
+
+@dataclass
+class Sizes:
+    rank: int = option(16, "a number")
+    alpha: float | None = option(None, "another")
+    train: list[str] | None = option(None, "several")
+    resume: bool = option(False, "a switch")
+    output_dir: str = option("out", "a folder")
+
+
+def sizes(*words: object, **fixed) -> Sizes:
+    return parse("test", [Sizes], [str(word) for word in words], "A test.", **fixed)[0]
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str):
+        path = tmp_path / "options.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_config_gives_defaults_that_the_command_line_overrides(yaml_file):
+    path = yaml_file("rank: 8\nalpha: 1e-3\ntrain: [a, b]\nresume: true\n")
+    assert sizes("--config", path) == Sizes(8, 1e-3, ["a", "b"], True)  # 1e-3 is a string to YAML
+    assert sizes("--config", path, "--rank", 4, "--train", "c", "--resume", "false") == Sizes(4, 1e-3, ["c"], False)
+
+
+def test_config_comes_before_preset(yaml_file):
+    path = yaml_file("rank: 8\n")
+    words = ["--preset", "phi-1.5b", "--config", str(path)]
+    _, adapter, config = parse("test", [ModelOptions, AdapterOptions, UnlearnConfig], [*words, *CPU], "A test.")
+    assert adapter.rank == 8 and config.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rnak: 8\n", "there is no option 'rnak'; did you mean 'rank'?"),
+        ("- rank\n", "must hold a mapping, but holds a list"),
+        ("rank: [1, 2]\n", "rank must be a single value"),
+        ("rank: 1.5\n", "--rank: invalid int value: '1.5'"),
+        ("resume: perhaps\n", "Truthy value expected"),
+        ("rank: {\n", "not valid YAML"),
+        ("", "holds a NoneType"),
+    ],
+)
+def test_config_that_is_none(yaml_file, text, message):
+    with pytest.raises(CommandError) as error:
+        sizes("--config", yaml_file(text))
+    assert message in str(error.value)
+
+
+def test_unknown_option_is_named_with_the_one_meant():
+    with pytest.raises(CommandError, match=r"there is no option '--rnak'; did you mean '--rank'\?"):
+        sizes("--rnak=3")
+    with pytest.raises(CommandError, match=r"there is no option 'zzzzz'$"):
+        sizes("zzzzz")
+    with pytest.raises(CommandError, match="there is no option '--ran'; did you mean '--rank'"):  # no abbreviations
+        sizes("--ran", 3)
+
+
+def test_preset_that_does_not_exist_lists_those_that_do():
+    with pytest.raises(CommandError, match=r"gpt-neo-125m, .*, phi-1.5b, but is 'llama'"):
+        sizes("--preset", "llama")
+
+
+def test_what_the_command_decides_cannot_be_given():
+    assert sizes(rank=3).rank == 3
+    with pytest.raises(CommandError, match="--rank is 3 in loku test, but 4 was given"):
+        sizes("--rank", 4, rank=3)
+
+
+def test_resume_takes_what_the_run_was_told(tmp_path):
+    (tmp_path / "config.yaml").write_text("rank: 5\nalpha: 2.0\ntrain: [a]\n")
+    assert sizes("--output_dir", tmp_path) == Sizes(output_dir=str(tmp_path))
+    given = sizes("--output_dir", tmp_path, "--resume", "--alpha", 3)
+    assert given == Sizes(5, 3.0, ["a"], True, str(tmp_path))
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("command", OPTIONS)
+def test_presets_parse_for_every_command(command, preset):
+    words = CPU if "output_dir" in {f.name for of in OPTIONS[command] for f in dataclasses.fields(of)} else []
+    words = [word for word in words if command != "evaluate" or word != "--use_cpu"]
+    found = as_dict(*parse(command, OPTIONS[command], ["--preset", preset, *words], "A test."))
+    assert found["model"].count("/") == 1
+    if command == "unlearn":
+        assert found["method"] == "loku" and found["rank"] == 16 and found["bf16"]
+
+
+def test_keys_of_presets_are_options_of_some_command():
+    known = {f.name for types in OPTIONS.values() for of in types for f in dataclasses.fields(of)}
+    for preset in preset_names():
+        assert set(_preset(preset)) <= known
+
+
+def test_config_of_a_run_gives_the_same_run_again(workshop, loku, folder, tmp_path, no_plots):
+    """All of its keys are options, with the values that were used."""
+    scheduler = ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-4}']
+    loku(*workshop.unlearn("npo", folder, *scheduler, "--beta", "0.3"))
+    config = folder / "config.yaml"
+    told = yaml.safe_load(config.read_text())
+    assert told["beta"] == 0.3 and told["lr_scheduler_kwargs"] == {"min_lr": 1e-4} and told["rank"] == 4
+    loku("unlearn", "--config", config, "--output_dir", tmp_path / "again")
+    assert same_weights(folder, tmp_path / "again")
+    again = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
+    differing = {key for key in told | again if told.get(key) != again.get(key)}
+    assert differing <= {"output_dir", "logging_dir", "run_name"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: loku {command} [") and "--config" in printed
+    if command == "unlearn":
+        assert printed.index("--rank") < printed.index("--learning_rate")  # ours, before transformers' many
+
+
+def test_help_lists_the_commands(capsys):
+    for words in ([], ["--help"]):
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        assert all(f"\n  {command} " in printed for command in COMMANDS)
+
+
+def test_unknown_command(capsys):
+    assert main(["unlern"]) == 2
+    assert "there is no command 'unlern'" in capsys.readouterr().err
+
+
+ATTENTION = {"q_proj", "k_proj", "v_proj"}
+TARGETS = {
+    family: {"attn": attn, "mlp": mlp, "all": attn | mlp, "q_proj,v_proj": {"q_proj", "v_proj"}}
+    for family, attn, mlp in (
+        ("gpt_neo", ATTENTION | {"out_proj"}, {"c_fc", "c_proj"}),
+        ("phi", ATTENTION | {"dense"}, {"fc1", "fc2"}),
+        ("llama", ATTENTION | {"o_proj"}, {"gate_proj", "up_proj", "down_proj"}),
+    )
+}
+
+
+@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("targets", ["attn", "mlp", "all", "q_proj,v_proj"])
+def test_targets(workshop, family, targets):
+    model = AutoModelForCausalLM.from_pretrained(workshop / family)
+    config = lora_config(model, AdapterOptions(rank=4, targets=targets))
+    assert config.target_modules == TARGETS[family][targets] and (config.r, config.lora_alpha) == (4, 8)
+    adapted = get_peft_model(model, config)
+    head = adapted.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)  # never an adapter

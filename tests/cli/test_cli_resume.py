@@ -1,0 +1,219 @@
+"""Killed at a step, or out of disk, and gone on from there: the same weights as a run that was never broken off."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_setup import QUICK, logged, results, same_weights
+
+import loku.cli.unlearn as unlearn_command
+from loku.cli import main
+from loku.training import UnlearningTrainer, last_whole_checkpoint
+
+STEPS = ("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1")
+DROPOUT = ("--lora_dropout", "0.2")  # so that random numbers matter
+KILLED = """
+import os, signal, sys
+import loku.cli.unlearn as unlearn_command
+from loku.cli import main
+from loku.training import UnlearningTrainer
+step = UnlearningTrainer.training_step
+def until_the_third(self, *args, **kwargs):
+    if self.state.global_step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+UnlearningTrainer.training_step = until_the_third
+main(sys.argv[1:])
+"""
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+@contextmanager
+def before_step(number: int, action):
+    """Calls ``action`` when that many optimiser steps were done."""
+    original = UnlearningTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == number:
+            action()
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnlearningTrainer, "training_step", training_step)
+        yield
+
+
+def kill() -> None:
+    raise Killed
+
+
+def training(workshop, method: str, output: Path, *options: object) -> list[object]:
+    """The words of a run of four steps, with a checkpoint at each."""
+    return workshop.unlearn(method, output, *STEPS, *DROPOUT, *options)
+
+
+def start(words: list[object], stop_before: int) -> None:
+    with before_step(stop_before, kill), pytest.raises(Killed):
+        main([str(word) for word in words])
+
+
+@contextmanager
+def file_size_limit():
+    """A function that makes all files end at so many bytes, which stands for a full disk, until the block ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def values(folder: Path) -> list[dict]:
+    """What was logged, but for the times."""
+    timed = ("seconds", "runtime", "second", "flos")
+    return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in logged(folder)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(workshop, tmp_path_factory):
+    """Method -> folder of a run that was never broken off; made once."""
+    made: dict[str, Path] = {}
+
+    def run(method: str) -> Path:
+        if method not in made:
+            made[method] = tmp_path_factory.mktemp("unbroken") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("loku.cli.unlearn.write_report", lambda runs, folder: None)
+                assert main([str(word) for word in training(workshop, method, made[method])]) == 0
+        return made[method]
+
+    return run
+
+
+@pytest.mark.parametrize(("method", "stop_before"), [("loku", 1), ("kl", 3), ("simnpo", 2)])
+def test_resumed_run_ends_at_the_same_weights(
+    workshop, loku, folder, monkeypatch, no_plots, unbroken, method, stop_before
+):
+    whole, words = unbroken(method), training(workshop, method, folder)
+    start(words, stop_before)
+    assert not (folder / "results.json").exists()
+    monkeypatch.setattr("loku.cli.unlearn.row_weights", None)  # importance must not be computed again
+    loku(*words, "--resume")
+    assert same_weights(folder, whole)
+    assert values(folder)[:-1] == values(whole)[:-1]  # the last line has averages over this start
+    mine, theirs = results(folder), results(whole)
+    for key in ("before", "after", "steps", "epochs"):
+        assert mine[key] == theirs[key]
+    assert ("importance_seconds" in mine) == (method == "loku")
+
+
+def test_seconds_count_all_starts(workshop, loku, folder, no_plots):
+    words = training(workshop, "loku", folder)
+    start(words, stop_before=3)
+    first = logged(folder)[-1]["seconds"]
+    importance = (folder / "importance.safetensors").stat().st_mtime_ns
+    with before_step(3, lambda: time.sleep(0.3)):
+        loku(*words, "--resume")
+    found = results(folder)
+    assert (folder / "importance.safetensors").stat().st_mtime_ns == importance
+    assert found["training_seconds"] + found["evaluation_seconds"] > first + 0.3
+    assert found["seconds"] > first + 0.3 + found["importance_seconds"]
+    assert found["tokens_per_second"] * found["training_seconds"] == pytest.approx(
+        logged(folder)[-1]["num_input_tokens_seen"]
+    )
+
+
+def test_killed_process_goes_on_with_the_settings_it_began_with(workshop, loku, folder, no_plots, unbroken):
+    words = [str(word) for word in training(workshop, "loku", folder)]
+    dead = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
+    assert dead.returncode == -signal.SIGKILL and Path(last_whole_checkpoint(folder)).name == "checkpoint-2"
+    loku("unlearn", "--output_dir", folder, "--resume")  # nothing else said
+    assert same_weights(folder, unbroken("loku"))
+
+
+def test_truncated_checkpoint_is_passed_over(workshop, loku, folder, no_plots, unbroken):
+    words = training(workshop, "loku", folder)
+    start(words, stop_before=3)
+    for name, size in (("adapter_model.safetensors", 1000), ("optimizer.pt", 1000)):
+        with (folder / "checkpoint-3" / name).open("r+b") as file:
+            file.truncate(size)
+    loku(*words, "--resume")
+    assert same_weights(folder, unbroken("loku"))
+
+
+def test_finetune_resumes(workshop, loku, folder, tmp_path):
+    def words(output):
+        quick = QUICK[: QUICK.index("--rank")]
+        sources = ["--train", workshop / "forget.jsonl", workshop / "retain.jsonl"]
+        return ["finetune", "--model", workshop / "gpt_neo", *sources, "--output_dir", output, *quick, *STEPS]
+
+    loku(*words(tmp_path / "whole"))
+    start(words(folder), stop_before=2)
+    loku(*words(folder), "--resume")
+    assert same_weights(folder, tmp_path / "whole", "model/model.safetensors")
+    assert results(folder)["after"] == results(tmp_path / "whole")["after"]
+    assert values(folder)[:-1] == values(tmp_path / "whole")[:-1]
+
+
+@pytest.mark.parametrize(("size", "at"), [(10000, ""), (900, "metrics.jsonl")])
+def test_full_disk_while_training(workshop, loku, refused, folder, no_plots, unbroken, size, at):
+    words = training(workshop, "loku", folder)
+    with file_size_limit() as limit, before_step(2, lambda: limit(size)):
+        line = refused(*words)
+    assert f"{folder / at} cannot be written" in line
+    assert Path(last_whole_checkpoint(folder)).name == "checkpoint-2"
+    loku(*words, "--resume")
+    assert same_weights(folder, unbroken("loku"))
+
+
+def test_full_disk_at_the_end(workshop, loku, refused, folder, no_plots, unbroken):
+    words = training(workshop, "kl", folder)
+    original = unlearn_command.save_adapter
+    with file_size_limit() as limit, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unlearn_command, "save_adapter", lambda *args: (limit(10000), original(*args)))
+        line = refused(*words)
+    assert "adapter cannot be written" in line and not (folder / "adapter").exists()
+    assert Path(last_whole_checkpoint(folder)).name == "checkpoint-4"
+    loku(*words, "--resume")
+    assert same_weights(folder, unbroken("kl"))
+    assert results(folder)["after"] == results(unbroken("kl"))["after"]
+
+
+def test_full_disk_leaves_earlier_files_whole(workshop, loku, refused, tmp_path, unbroken):
+    rows, exported = tmp_path / "rows.safetensors", tmp_path / "exported"
+    importance = ["importance", "--model", workshop / "llama", *workshop.questions, "--output", rows]
+    export = ["export", "--model", workshop / "llama", "--adapter", unbroken("kl") / "adapter", "--output", exported]
+    for words, file in ((importance, rows), (export, exported / "adapter_model.safetensors")):
+        loku(*words)
+        before = file.read_bytes()
+        with file_size_limit() as limit:
+            limit(1000)
+            line = refused(*words)
+        assert "cannot be written" in line and file.read_bytes() == before
+        assert not [path for path in tmp_path.rglob(".*")]  # no halves left behind
+
+
+def test_a_run_cannot_go_on_with_another_adapter_or_other_data(workshop, refused, folder, no_plots):
+    words = training(workshop, "ihl", folder)
+    start(words, stop_before=2)
+    before = (folder / "config.yaml").read_text()
+    assert "began with rank = 4, and cannot go on with 8" in refused(*words, "--resume", "--rank", "8")
+    assert "began with method = ihl" in refused(*words, "--resume", "--method", "gd")
+    assert "holds a run already" in refused(*words) and (folder / "config.yaml").read_text() == before
+
+
+def test_a_run_may_go_on_for_longer(workshop, loku, folder, no_plots):
+    words = training(workshop, "ihl", folder)
+    loku(*words)
+    loku("unlearn", "--output_dir", folder, "--resume", "--max_steps", "6")
+    assert results(folder)["steps"] == 6 and yaml.safe_load((folder / "config.yaml").read_text())["max_steps"] == 6

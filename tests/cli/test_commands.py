@@ -1,0 +1,273 @@
+"""Every command, on small models of each family."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from cli_setup import CONFIGS, FAMILIES, QUICK, logged, results, same_weights, shared_data
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
+
+from loku.cli import unlearn
+from loku.evaluation import perplexity
+from loku.fila import FilaStateDict
+from loku.report import Run
+from loku.training import METHODS
+
+# What a user without loku would do with what was exported, in a process of its own.
+LOADING = """
+import sys, torch
+from pathlib import Path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+models, exported = map(Path, sys.argv[1:])
+ids = torch.arange(40)[None]
+found = {}
+with torch.no_grad():
+    for folder in sorted(exported.iterdir()):
+        base = AutoModelForCausalLM.from_pretrained(models / folder.name)
+        adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()
+        merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+        found[folder.name] = {"adapter": adapted(ids).logits, "merged": merged(ids).logits}
+torch.save({"logits": found, "loku": "loku" in sys.modules}, exported.with_suffix(".pt"))
+"""
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"finetune"}))
+def test_unlearn_runs_with_every_method(workshop, loku, folder, no_plots, method):
+    family = FAMILIES[sorted(METHODS).index(method) % len(FAMILIES)]
+    out = loku(*workshop.unlearn(method, folder, *(workshop.questions if method == "dpo" else ()), family=family))
+    assert method in out  # the table
+    found = results(folder)
+    assert found["steps"] == 2 and found["epochs"] == 1.0 and found["tokens_per_second"] > 0
+    expected = {"forget_loss", "retain_loss"} | ({"forget_rouge", "retain_rouge"} if method == "dpo" else set())
+    assert found["before"].keys() == found["after"].keys() == expected
+    assert found["before"]["forget_loss"] != found["after"]["forget_loss"]
+    assert ("importance_seconds" in found) == METHODS[method].fila
+    parts = [found[f"{name}_seconds"] for name in ("training", "evaluation")]
+    parts += [found.get(f"{name}_seconds", 0) for name in ("importance", "initialisation")]
+    assert found["seconds"] == pytest.approx(sum(parts)) and min(parts[:2]) > 0
+    run = Run.load(folder)
+    assert run.config["method"] == method and run.config["rank"] == 4 and run.versions["torch"] == torch.__version__
+    base = AutoModelForCausalLM.from_pretrained(workshop / family)
+    model = PeftModel.from_pretrained(base, folder / "adapter")
+    assert any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_what_is_exported_gives_the_logits_of_the_run(workshop, loku, tmp_path, monkeypatch, no_plots):
+    """The final model's own logits are taken inside the run, before anything is written."""
+    ids, final, original = torch.arange(40)[None], {}, unlearn.save_adapter
+
+    def keep_logits(model, path):
+        with torch.no_grad():
+            final[path.parent.name] = model.eval()(ids).logits
+        original(model, path)
+
+    monkeypatch.setattr(unlearn, "save_adapter", keep_logits)
+    exported = tmp_path / "exported"
+    for family in FAMILIES:
+        loku(*workshop.unlearn("loku", tmp_path / family, family=family))
+        base = ["--model", workshop / family, "--adapter", tmp_path / family / "adapter"]
+        for kind in ("adapter", "merged"):
+            loku("export", *base, "--format", kind, "--output", exported / family / kind)
+        written = {file.name for file in (exported / family / "adapter").iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= written and "fila.json" not in written
+        assert AutoTokenizer.from_pretrained(exported / family / "merged").eos_token_id == 0
+    command = [sys.executable, "-c", LOADING, str(workshop.root), str(exported)]
+    subprocess.run(command, check=True, capture_output=True)
+    loaded = torch.load(tmp_path / "exported.pt")
+    assert not loaded["loku"]
+    for family in FAMILIES:
+        with torch.no_grad():
+            before = AutoModelForCausalLM.from_pretrained(workshop / family).eval()(ids).logits
+        moved = (final[family] - before).abs().max()
+        for kind in ("adapter", "merged"):
+            # Stored and live adapter differ in the order of additions only.
+            assert (loaded["logits"][family][kind] - final[family]).abs().max() < 1e-4 * moved
+
+
+def test_finetune_from_a_config_with_the_tokenizers_vocabulary(workshop, loku, folder):
+    words = ["--model_config", workshop / "model.yaml", "--tokenizer", workshop / "tokenizer"]
+    sources = ["--train", workshop / "forget.jsonl", workshop / "retain.jsonl"]
+    quick = [word for word in QUICK if word not in ("--rank", "4", "--limit")][:-1]
+    loku("finetune", *words, *sources, "--output_dir", folder, *quick)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert model.config.model_type == "gpt_neo" and model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 0
+    found = results(folder)
+    assert found["after"]["train_perplexity"] > 1 and found["steps"] == 2
+    assert [line["loss"] for line in logged(folder) if "loss" in line]
+
+
+def test_finetune_goes_on_from_a_model(workshop, loku, folder):
+    quick = [*QUICK[: QUICK.index("--rank")], "--learning_rate", "1e-3"]
+    loku(
+        "finetune",
+        "--model",
+        workshop / "phi",
+        "--train",
+        "full",
+        "--data_dir",
+        workshop.root,
+        "--output_dir",
+        folder,
+        *quick,
+    )
+    assert AutoModelForCausalLM.from_pretrained(folder / "model").config.model_type == "phi"
+
+
+def test_importance_is_taken_by_unlearn(workshop, loku, folder, tmp_path, monkeypatch, no_plots):
+    file = tmp_path / "rows.safetensors"
+    out = loku("importance", "--model", workshop / "llama", *workshop.questions, "--output", file, "--seed", "3")
+    assert "14 modules" in out
+    state = FilaStateDict.load(file)
+    assert state.importance["seconds"] > 0 and state.importance["granularity"] == "sequence"
+    loku(*workshop.unlearn("loku", folder, *workshop.questions))  # computes its own
+    monkeypatch.setattr("loku.cli.unlearn.row_weights", None)  # must not be computed again
+    loku(*workshop.unlearn("loku", tmp_path / "given", *workshop.questions, "--importance", file))
+    assert same_weights(folder, tmp_path / "given")
+    assert results(tmp_path / "given")["importance_seconds"] == state.importance["seconds"]
+    assert not (tmp_path / "given" / "importance.safetensors").exists()
+
+
+def test_evaluate_tofu(workshop, loku, folder, tmp_path):
+    words = ["--model", workshop / "phi", "--benchmark", "tofu", "--forget", "forget01", "--data_dir", workshop.root]
+    loku("evaluate", *words, "--output_dir", tmp_path / "retain")
+    log = tmp_path / "retain" / "eval_log_aggregated.json"
+    out = loku("evaluate", *words, "--output_dir", folder, "--retain_log", log, "--definition", "open-unlearning")
+    after = results(folder)["after"]
+    assert after["forget_quality"] == 1.0 and 0 <= after["model_utility"] <= 1 and "model_utility" in out
+    assert len(json.loads(log.read_text())["eval_log_forget.json"]["avg_gt_loss"]) == 3
+
+
+def test_evaluate_tdec(workshop, loku, folder):
+    words = ["--model", workshop / "gpt_neo", "--benchmark", "tdec", "--forget", "tdec[0:4]"]
+    loku("evaluate", *words, "--data_dir", workshop.root, "--output_dir", folder)
+    assert set(results(folder)["after"]) == {"ma", "el_10"}
+
+
+def test_evaluate_perplexity_of_several_texts(workshop, loku, folder):
+    texts = ["wikitext2:test", str(workshop / "forget.jsonl")]
+    loku(
+        "evaluate", "--model", workshop / "llama", "--text", *texts, "--data_dir", workshop.root, "--output_dir", folder
+    )
+    after = results(folder)["after"]
+    assert set(after) == {f"{text} perplexity" for text in texts}
+    ids = AutoTokenizer.from_pretrained(workshop / "llama")((workshop / "wikitext2" / "test.txt").read_text()).input_ids
+    model = AutoModelForCausalLM.from_pretrained(workshop / "llama")
+    blocks = [ids[i : i + 64] for i in range(0, len(ids), 64)]  # the context, which is shorter than 512
+    expected = perplexity(model, [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1])
+    assert after["wikitext2:test perplexity"] == pytest.approx(expected)
+
+
+def test_unlearn_tdec_stops_when_the_goal_is_reached(workshop, loku, folder, no_plots):
+    words = ["--forget", "tdec[0:2]", "--retain", "wikitext2:test", "--data_dir", workshop.root, "--benchmark", "tdec"]
+    goal = ["--el_threshold", "1", "--ma_threshold", "1", "--evaluate_every", "1"]  # at once
+    loku(*workshop.unlearn("ihl", folder, *words, *goal, "--text", "wikitext2:test", family="gpt_neo"))
+    found = results(folder)
+    assert found["steps"] == 1 and found["thresholds"] == {"el_10": 1.0, "ma": 1.0}
+    assert found["after"].keys() >= {"el_10", "ma", "perplexity", "retain_loss"}
+    assert "forget_rouge" not in found["after"]
+
+
+def test_unlearn_tdec_measures_its_goal_and_always_ends_with_extraction(workshop, loku, folder, no_plots):
+    words = ["--forget", "tdec[0:2]", "--data_dir", workshop.root, "--benchmark", "tdec", "--unseen", "tdec[2:5]"]
+    loku(*workshop.unlearn("ga", folder, *words, "--learning_rate", "1e-9", "--evaluate_every", "1", family="phi"))
+    loku("evaluate", "--model", workshop / "phi", "--benchmark", "tdec", "--forget", "tdec[2:5]", "--data_dir",
+         workshop.root, "--output_dir", folder.with_name("unseen"))  # fmt: skip
+    found = results(folder)
+    assert found["thresholds"] == results(folder.with_name("unseen"))["after"]
+    assert found["after"].keys() >= {"el_10", "ma"}
+
+
+def test_unlearn_tofu_with_a_retain_log(workshop, loku, folder, tmp_path, no_plots):
+    evaluate = ["--model", workshop / "phi", "--benchmark", "tofu", "--forget", "forget01", "--data_dir", workshop.root]
+    loku("evaluate", *evaluate, "--limit", "1", "--output_dir", tmp_path / "retain")
+    words = ["--forget", "forget01", "--retain", "retain99", "--data_dir", workshop.root, "--benchmark", "tofu"]
+    words += ["--retain_log", tmp_path / "retain" / "eval_log_aggregated.json", "--limit", "1"]
+    loku(*workshop.unlearn("gd+fila", folder, *words, family="phi"))
+    before = results(folder)["before"]
+    assert before["forget_quality"] == 1.0 and before["log10_forget_quality"] == 0.0 and "model_utility" in before
+
+
+def test_adapter_is_merged_before_unlearning_and_evaluation(workshop, loku, folder, tmp_path, no_plots):
+    """What unlearning starts from, and is measured against, has the memory that the adapter holds."""
+    loku(*workshop.unlearn("ihl", tmp_path / "first"))
+    adapter = ["--adapter", tmp_path / "first" / "adapter"]
+    loku(*workshop.unlearn("kl", folder, *adapter))
+    assert results(folder)["before"]["forget_loss"] == pytest.approx(
+        results(tmp_path / "first")["after"]["forget_loss"], rel=1e-5
+    )
+
+
+def test_report_compares_runs(workshop, loku, folder, tmp_path, no_plots):
+    for method in ("ihl", "gd"):
+        loku(*workshop.unlearn(method, tmp_path / method))
+    out = loku("report", "--runs", tmp_path / "ihl", tmp_path / "gd", "--output", folder, "--title", "Two <methods>")
+    assert "ihl" in out and "gd" in out
+    page = (folder / "report.html").read_text()
+    assert "Two &lt;methods&gt;" in page and "<svg" in page
+    summary = json.loads((folder / "report.json").read_text())
+    assert {group["label"] for group in summary["groups"]} == {"ihl", "gd"}
+    assert summary["groups"][0]["costs"]["tokens_per_second"]["mean"] > 0
+
+
+def test_demo_of_tiny_size(loku, folder):
+    sizes = ["--people", "3", "--forget", "1", "--memorise_epochs", "2", "--unlearn_epochs", "1"]
+    out = loku("demo", "--output_dir", folder, *sizes)
+    assert "report.html" in out and "Greedy answers" in out
+    for report in (folder / "report", folder / "loku" / "report"):
+        assert "<svg" in (report / "report.html").read_text()
+    assert {Run.load(folder / method).finished for method in ("target", "loku", "gd")} == {True}
+
+
+def test_module_runs_as_a_program(tmp_path):
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "loku", *words], cwd=tmp_path, capture_output=True, text=True)
+
+    assert run().returncode == 0 and "unlearn" in run("--help").stdout
+    done = run("report", "--runs", "nowhere")
+    assert done.returncode == 1 and done.stderr.startswith("loku: error: ") and done.stderr.count("\n") == 1
+
+
+def test_an_evaluation_is_not_overwritten(workshop, loku, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "--model", str(workshop / "llama"), "--text", str(workshop / "forget.jsonl")]
+    loku(*words)
+    line = refused(*words)
+    assert "evaluation holds a run already" in line and "--resume" not in line
+
+
+def test_weights_are_stored_in_the_dtype_asked_for(workshop, loku, tmp_path, no_plots):
+    loku(*workshop.unlearn("ihl", tmp_path / "run", "--dtype", "bfloat16"))
+    base = ["--model", workshop / "llama", "--dtype", "bfloat16", "--adapter", tmp_path / "run" / "adapter"]
+    loku("export", *base, "--format", "merged", "--output", tmp_path / "merged")
+    with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == "bfloat16"
+
+
+def test_real_data(loku, tmp_path, no_plots):
+    """A new Llama with GPT-2's vocabulary, on TDEC's and TOFU's published files."""
+    data = shared_data()
+    GPT2Tokenizer.from_pretrained(data / "gpt2_tokenizer").save_pretrained(tmp_path / "tokenizer")
+    config = {"model_type": "llama", **CONFIGS["llama"], "hidden_size": 32, "max_position_embeddings": 256}
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    quick = [*QUICK[: QUICK.index("--rank")], "--data_dir", data]
+    loku("finetune", "--model_config", tmp_path / "model.json", "--tokenizer", tmp_path / "tokenizer", "--train",
+         "tdec[0:4]", "forget01[0:4]", "--output_dir", tmp_path / "target", *quick)  # fmt: skip
+    model = ["--model", tmp_path / "target" / "model", "--data_dir", data]
+    sets = ["--forget", "tdec[0:2]", "--retain", "retain99[0:8]", "--text", "wikitext2:test[0:1]"]
+    goal = ["--benchmark", "tdec", "--unseen", "tdec[4:5]", "--limit", "1", "--rank", "4"]
+    loku("unlearn", *model, *sets, *goal, *quick, "--output_dir", tmp_path / "run")
+    assert {"el_10", "ma", "perplexity", "retain_rouge"} <= results(tmp_path / "run")["after"].keys()
+    tofu = ["--benchmark", "tofu", "--forget", "forget01", "--limit", "1", "--output_dir", tmp_path / "tofu"]
+    loku("evaluate", *model, "--adapter", tmp_path / "run" / "adapter", *tofu)
+    assert 0 <= results(tmp_path / "tofu")["after"]["model_utility"] <= 1
