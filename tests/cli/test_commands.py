@@ -264,10 +264,11 @@ def test_real_data(loku, tmp_path, no_plots):
     loku("finetune", "--model_config", tmp_path / "model.json", "--tokenizer", tmp_path / "tokenizer", "--train",
          "tdec[0:4]", "forget01[0:4]", "--output_dir", tmp_path / "target", *quick)  # fmt: skip
     model = ["--model", tmp_path / "target" / "model", "--data_dir", data]
-    sets = ["--forget", "tdec[0:2]", "--retain", "retain99[0:8]", "--text", "wikitext2:test[0:1]"]
-    goal = ["--benchmark", "tdec", "--unseen", "tdec[4:5]", "--limit", "1", "--rank", "4"]
-    loku("unlearn", *model, *sets, *goal, *quick, "--output_dir", tmp_path / "run")
-    assert {"el_10", "ma", "perplexity", "retain_rouge"} <= results(tmp_path / "run")["after"].keys()
+    sets = ["--forget", "tdec[0:1]", "--retain", "wikitext2:test[1:2]", "--text", "wikitext2:test[0:1]"]
+    loku("unlearn", *model, *sets, *quick, "--limit", "2", "--rank", "4", "--output_dir", tmp_path / "run")
+    found = results(tmp_path / "run")
+    # A new model finds each of the 50,257 tokens about as likely as the others.
+    assert found["before"]["perplexity"] == pytest.approx(50257, rel=0.1) and found["before"] != found["after"]
     tofu = ["--benchmark", "tofu", "--forget", "forget01", "--limit", "1", "--output_dir", tmp_path / "tofu"]
     loku("evaluate", *model, "--adapter", tmp_path / "run" / "adapter", *tofu)
     assert 0 <= results(tmp_path / "tofu")["after"]["model_utility"] <= 1

@@ -65,7 +65,8 @@ def main(argv: list[str]) -> None:
     options = parse("unlearn", types, argv, main.__doc__)
     model_options, data_options, adapter, importance, benchmark_options, unlearn, args = options
     method = args.unlearning_method()
-    _check_sources(unlearn, method.roles)
+    measured = method.fila and importance.importance is None  # which compares the two sets, whatever the loss does
+    _check_sources(unlearn, (*method.roles, Role.RETAIN) if measured else method.roles)
     run = RunFolder(args.output_dir, unlearn.resume, writes=args.process_index == 0)
 
     set_seed(args.seed)
