@@ -60,7 +60,10 @@ def initialise(model: PeftModel, forget: Mapping[str, Tensor], retain: Mapping[s
 
 
 def loss(model: nn.Module, forget: Mapping[str, Tensor], retain: Mapping[str, Tensor]) -> Tensor:
-    """IHL of the forget batch and cross-entropy of the retain batch, each a mean over its label tokens."""
+    """IHL of the forget batch and cross-entropy of the retain batch, each a mean over its label tokens.
+
+    Both have the logits of all tokens, padding included; the hinge drops those without a label before its copies.
+    """
     inputs = {name: x for name, x in forget.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
     labels = forget["labels"][:, 1:].flatten()
