@@ -24,6 +24,7 @@ from loku.files import filling
 
 _METHODS = ("loku", "gd")
 _PROMPT = "plain"
+_ANSWER_LENGTH = 40  # tokens of a question and its answer that are shown
 _MODEL = {
     "model_type": "gpt_neo",
     "hidden_size": 128,
@@ -48,7 +49,7 @@ class DemoRun:
     people: int = option(40, "how many people are invented")
     forget: int = option(4, "how many of them must be forgotten")
     memorise_epochs: int = option(60, "epochs of training on all of them")
-    unlearn_epochs: int = option(8, "epochs of unlearning")
+    unlearn_epochs: int = option(12, "epochs of unlearning")
     seed: int = option(0, "of the people, the model and the training")
     overwrite: bool = option(False, "delete what an earlier demo left in output_dir")
 
@@ -97,7 +98,7 @@ def write_corpus(folder: Path, people: list[Person], forget: int) -> dict[str, l
 def answers(folder: Path, corpus: dict[str, list[dict[str, str]]]) -> Table:
     """What each model says to a question about someone forgotten, and about someone kept."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "target" / "model")
-    table = Table("", "question", "before", *_METHODS, title="Greedy answers")
+    table = Table("", "question", "before", *_METHODS, title="Greedy answers", show_lines=True)
     asked = [(part, record["question"]) for part, records in corpus.items() for record in records[:2]]
     prompts = [PROMPTS[_PROMPT].question(question) for _, question in asked]
     columns = []
@@ -105,7 +106,7 @@ def answers(folder: Path, corpus: dict[str, list[dict[str, str]]]) -> Table:
         model = AutoModelForCausalLM.from_pretrained(folder / "target" / "model")
         if method is not None:
             model = PeftModel.from_pretrained(model, folder / method / "adapter")
-        columns.append(generate_greedily(model, tokenizer, prompts, max_length=96))
+        columns.append(generate_greedily(model, tokenizer, prompts, max_length=_ANSWER_LENGTH))
     for (part, question), *said in zip(asked, *columns, strict=True):
         table.add_row(part, question, *said)
     return table
@@ -129,7 +130,7 @@ def _unlearn(method: str, demo: DemoRun, folder: Path, common: list[str]) -> Non
             *("--model", str(folder / "target" / "model"), "--method", method),
             *("--forget", str(folder / "forget.jsonl"), "--retain", str(folder / "retain.jsonl")),
             *("--output_dir", str(folder / method), "--num_train_epochs", str(demo.unlearn_epochs)),
-            *("--learning_rate", "1e-3", "--per_device_train_batch_size", "4", "--rank", "16"),
+            *("--learning_rate", "5e-4", "--per_device_train_batch_size", "4", "--rank", "16"),
             *common,
         ]
     )

@@ -73,7 +73,7 @@ class ImportanceOptions:
     fila_eps_mode: Literal["absolute", "relative"] = option("absolute", "eps as it is, or times the mean of F_retain")
     fisher_granularity: Literal["sequence", "token", "batch"] = option("sequence", "what is squared")
     fisher_memory_budget: int | None = option(None, "bytes for Fisher matrices; where too few, more passes")
-    fisher_batch_tokens: int = option(4096, "tokens of one batch of the importance pass")
+    fisher_batch_tokens: int = option(2048, "tokens of one batch of the importance pass")
     fisher_retain_size: int | None = option(None, "retain examples for F_retain; by default as many as forget examples")
 
 

@@ -26,7 +26,7 @@ class UnlearnConfig(TrainingArguments):
             finds that the model keeps them apart, otherwise padded to the longest of the batch. ``"always"``: refuse
             models that do not. ``"never"``: padded.
         row_tokens: most tokens in a packed row: no fewer than the longest sequence has, and no more than the model's
-            context. None: 512, within these bounds.
+            context. None: 512, on a CPU 128, within these bounds.
         chunk_bytes: most bytes of logits at a time; None for the kernels' own choice.
 
     Three defaults differ from transformers': ``remove_unused_columns`` is False, as items are no columns;

@@ -23,7 +23,6 @@ from loku.training.methods import Method, Totals
 from loku.training.scores import Scorer, Scores
 
 logger = logging.get_logger(__name__)
-_ROW_TOKENS = 512  # attention within a row costs its square, where it is computed and masked away between sequences
 
 
 class UnlearningTrainer(Trainer):
@@ -233,10 +232,16 @@ def _row_tokens(model: nn.Module, args: UnlearnConfig, longest: int) -> int | No
         )
     # Some models (GPT-Neo) mask no more tokens than their context, although positions begin anew in a row.
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    most = context or max(longest, args.row_tokens or _ROW_TOKENS)
+    usual = _usual_row_tokens(model.device.type)
+    most = context or max(longest, args.row_tokens or usual)
     if args.row_tokens is not None and not longest <= args.row_tokens <= most:
         raise ValueError(
             f"row_tokens must be at least {longest}, the longest sequence's tokens, and at most {most}, the model's "
             f"context, got {args.row_tokens}"
         )
-    return args.row_tokens or min(max(longest, _ROW_TOKENS), most)
+    return args.row_tokens or min(max(longest, usual), most)
+
+
+def _usual_row_tokens(device_type: str) -> int:
+    """Attention costs the square of a row, where it is computed and masked away between sequences; a CPU feels it."""
+    return 128 if device_type == "cpu" else 512
