@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"ours": "#1b6ca8", "limit": "#9aa5ad", "peer": "#d98c3f"}
+COLOURS = {"ours": "#1b6ca8", "limit": "#9aa5ad", "peer": "#d98c3f", "part": "#7fb069"}
 
 
 def plot(results: dict, out: Path) -> None:

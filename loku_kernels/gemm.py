@@ -1,7 +1,8 @@
 """Matrix products by the fastest route that torch has for them.
 
-On AMD processors torch.mm hands float32 to MKL, which there reaches half of what oneDNN reaches with the same float32
-accuracy (`bench/test_linear_losses.py` shows both). Everywhere else torch.mm is the right choice.
+torch.mm hands float32 to MKL, which uses no AVX-512 on AMD processors that have it: there it reaches half of what
+oneDNN reaches with the same float32 accuracy. Everywhere else, on AMD processors with AVX2 alone too, torch.mm is the
+right choice (`bench/test_linear_losses.py` shows both). A rule, not a timing at run time: results must not hang on load.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def _mkl_is_slow_here() -> bool:
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and cpuinfo.exists()
         and "AuthenticAMD" in cpuinfo.read_text(errors="replace")
     )
