@@ -8,11 +8,12 @@ import torch
 from loku_kernels import gemm
 
 
-@pytest.mark.parametrize("slow_mkl", [False, True])
+@pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (64, 64, 64), (100, 70, 130), (0, 64, 64)])
-def test_float32_products_keep_float32_accuracy(monkeypatch, slow_mkl, shape):
+def test_float32_products_keep_float32_accuracy(monkeypatch, onednn, shape):
     """oneDNN's route, forced on and off, on contiguous and transposed operands."""
-    monkeypatch.setattr(gemm, "_mkl_is_slow_here", lambda: slow_mkl)
+    monkeypatch.setattr(gemm, "_is_amd", lambda: onednn)
+    monkeypatch.setattr(gemm, "_has_avx512", lambda: onednn)
     n, k, m = shape
     a, b, bias = torch.randn(n, k), torch.randn(k, m), torch.randn(m)
     truth = a.double() @ b.double()
