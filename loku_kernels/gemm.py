@@ -1,9 +1,9 @@
 """Matrix products by the fastest route that torch has for them.
 
-torch.mm hands float32 to MKL, which on AMD processors is not always the best that torch has; oneDNN has the same float32
-accuracy. With AVX-512, which MKL does not use there, it reaches half of what oneDNN reaches. With AVX2 alone it is as
-good or better, but for inputs @ weight^T: 160 x 768 x 50257 took 185 ms on a Zen 3, and oneDNN 100. The rules are fixed,
-not timed at run time: results must not hang on the load.
+torch.mm hands float32 to MKL, which on AMD processors is not always the best torch has; oneDNN is as accurate. With
+AVX-512, which MKL does not use there, it reaches half of what oneDNN reaches. With AVX2 alone it is as good or better,
+but for inputs @ weight^T: 160 x 768 x 50257 took 185 ms on a Zen 3, and oneDNN 100. The rules are fixed, not timed at
+run time: results must not hang on the load.
 """
 
 from __future__ import annotations
