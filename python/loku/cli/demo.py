@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     runs = [str(folder / method) for method in _METHODS]
     report.main(["--runs", *runs, "--output", str(folder / "report"), "--title", "Unlearning invented people"])
     console.print(answers(folder, corpus))
-    console.print(f"{time.monotonic() - started:.0f} seconds; see {folder / 'report' / 'report.html'}")
+    print(f"{time.monotonic() - started:.0f} seconds; see {folder / 'report' / 'report.html'}")
 
 
 def write_corpus(folder: Path, people: list[Person], forget: int) -> dict[str, list[dict[str, str]]]:
