@@ -15,7 +15,7 @@ from transformers.utils import logging
 from loku.data import Example, PairedDataset, Role, UnlearningCollator, packing_is_exact
 from loku.fila.stored_form import FilaLoraConfig
 from loku.files import writing
-from loku.inference import evaluation_mode
+from loku.inference import context_length, evaluation_mode
 from loku.training.callbacks import EvaluationCallback
 from loku.training.checkpoints import checkpoint_fault, last_whole_checkpoint
 from loku.training.config import UnlearnConfig
@@ -189,7 +189,7 @@ def _pairs(method: Method, given: Mapping[Role, Sequence[Example] | None], seed:
 
 def _check_lengths(model: nn.Module, pairs: PairedDataset) -> int:
     """The longest sequence's tokens."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     lengths = {role: max(len(example["input_ids"]) for example in of) for role, of in pairs.examples.items()}
     for role, length in lengths.items():
         if context is not None and length > context:
@@ -231,7 +231,7 @@ def _row_tokens(model: nn.Module, args: UnlearnConfig, longest: int) -> int | No
             f"attn_implementation={model.config._attn_implementation!r} at least"
         )
     # Some models (GPT-Neo) mask no more tokens than their context, although positions begin anew in a row.
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     usual = _usual_row_tokens(model.device.type)
     most = context or max(longest, args.row_tokens or usual)
     if args.row_tokens is not None and not longest <= args.row_tokens <= most:
