@@ -125,7 +125,7 @@ class _Weighted:
 
     def left(self, rows: Tensor) -> Tensor:
         """rows (b, out) @ A -> (b, in)."""
-        return gemm.mm(rows * self.row_weight, self.weight)
+        return gemm.linear(rows * self.row_weight, self.weight.T)
 
     def right(self, rows: Tensor) -> Tensor:
         """rows (b, in) @ A^T -> (b, out)."""
