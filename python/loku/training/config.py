@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
 from transformers import TrainingArguments
 
 from loku.training.methods import Method, get_method
@@ -31,7 +33,9 @@ class UnlearnConfig(TrainingArguments):
 
     Three defaults differ from transformers': ``remove_unused_columns`` is False, as items are no columns;
     ``ddp_find_unused_parameters`` is False, as every adapter weight is used and the search would need the logits;
-    ``data_seed`` is ``seed``, so that the order of the data does not hang on what else drew random numbers.
+    ``data_seed`` is ``seed``, so that the order of the data does not hang on what else drew random numbers. And where
+    there is no accelerator, memory is not pinned, and the processes that `torchrun` started ``use_cpu``, without which
+    each would train by itself.
 
     Raises:
         ValueError: an unknown method, option or packing; settings that unlearning cannot honour
@@ -53,6 +57,9 @@ class UnlearnConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
+            self.use_cpu = self.use_cpu or int(os.environ.get("WORLD_SIZE", 1)) > 1
         super().__post_init__()
         self.unlearning_method()
         if self.packing not in get_args(Packing):
