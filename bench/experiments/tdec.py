@@ -58,6 +58,11 @@ def main() -> None:
         *("--per_device_train_batch_size", 8, "--learning_rate", "1e-3", "--lr_scheduler_type", "cosine"),
         *("--save_strategy", "epoch", "--save_total_limit", 1, *common),
     )
+    unseen = options.output / "unseen"
+    command(
+        unseen, "evaluate", "--model", target / "model", "--benchmark", "tdec", "--forget", UNSEEN, *common[:-2]
+    )  # fmt: skip
+    goal = json.loads((unseen / "results.json").read_text())["after"]
     runs = []
     for seed in options.seeds:
         for method in options.methods:
@@ -66,7 +71,8 @@ def main() -> None:
                 run,
                 "unlearn",
                 *("--model", target / "model", "--method", method, "--seed", seed),
-                *("--forget", FORGET, "--retain", RETAIN, "--benchmark", "tdec", "--unseen", UNSEEN, "--text", TEXT),
+                *("--forget", FORGET, "--retain", RETAIN, "--text", TEXT),
+                *("--benchmark", "tdec", "--el_threshold", goal["el_10"], "--ma_threshold", goal["ma"]),
                 *("--rank", options.rank, "--learning_rate", options.learning_rate),
                 *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 8),
                 *("--save_strategy", "no", *common),
