@@ -39,6 +39,22 @@ torch.save({"logits": found, "loku": "loku" in sys.modules}, exported.with_suffi
 """
 
 
+IDS = torch.arange(40)[None]
+
+
+def keep_final_logits(monkeypatch) -> dict[str, torch.Tensor]:
+    """By the name of the run's folder, the logits for IDS that a run ends with, taken before anything is written."""
+    final, save = {}, unlearn.save_adapter
+
+    def keep_logits(model, path):
+        with torch.no_grad():
+            final[path.parent.name] = model.eval()(IDS).logits
+        save(model, path)
+
+    monkeypatch.setattr(unlearn, "save_adapter", keep_logits)
+    return final
+
+
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"finetune"}))
 def test_unlearn_runs_with_every_method(workshop, loku, folder, no_plots, method):
     family = FAMILIES[sorted(METHODS).index(method) % len(FAMILIES)]
@@ -61,15 +77,7 @@ def test_unlearn_runs_with_every_method(workshop, loku, folder, no_plots, method
 
 
 def test_what_is_exported_gives_the_logits_of_the_run(workshop, loku, tmp_path, monkeypatch, no_plots):
-    """The final model's own logits are taken inside the run, before anything is written."""
-    ids, final, original = torch.arange(40)[None], {}, unlearn.save_adapter
-
-    def keep_logits(model, path):
-        with torch.no_grad():
-            final[path.parent.name] = model.eval()(ids).logits
-        original(model, path)
-
-    monkeypatch.setattr(unlearn, "save_adapter", keep_logits)
+    final = keep_final_logits(monkeypatch)
     exported = tmp_path / "exported"
     for family in FAMILIES:
         loku(*workshop.unlearn("loku", tmp_path / family, family=family))
@@ -85,7 +93,7 @@ def test_what_is_exported_gives_the_logits_of_the_run(workshop, loku, tmp_path, 
     assert not loaded["loku"]
     for family in FAMILIES:
         with torch.no_grad():
-            before = AutoModelForCausalLM.from_pretrained(workshop / family).eval()(ids).logits
+            before = AutoModelForCausalLM.from_pretrained(workshop / family).eval()(IDS).logits
         moved = (final[family] - before).abs().max()
         for kind in ("adapter", "merged"):
             # Stored and live adapter differ in the order of additions only.
@@ -205,6 +213,25 @@ def test_adapter_is_merged_before_unlearning_and_evaluation(workshop, loku, fold
     assert results(folder)["before"]["forget_loss"] == pytest.approx(
         results(tmp_path / "first")["after"]["forget_loss"], rel=1e-5
     )
+
+
+def test_unlearning_from_an_adapter_is_exported_with_it(
+    workshop, loku, refused, folder, tmp_path, monkeypatch, no_plots
+):
+    """The new adapter belongs to the model with the first one merged in, and to no other."""
+    base, first = ["--model", workshop / "llama"], tmp_path / "first" / "adapter"
+    loku(*workshop.unlearn("gd", tmp_path / "first", "--learning_rate", "1e-1"))
+    final = keep_final_logits(monkeypatch)
+    loku(*workshop.unlearn("loku", folder, "--adapter", first))
+    merged = ["--format", "merged", "--output", tmp_path / "merged"]
+    line = refused("export", *base, "--adapter", folder / "adapter", *merged)
+    assert f"--adapter {folder / 'adapter'}" in line and "belongs to another base model" in line
+    loku("export", *base, "--adapter", first, folder / "adapter", *merged)
+    with torch.no_grad():
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(IDS).logits for path in (base[1], tmp_path / "merged")
+        )
+    assert (after - final[folder.name]).abs().max() < 1e-4 * (before - final[folder.name]).abs().max()
 
 
 def test_report_compares_runs(workshop, loku, folder, tmp_path, no_plots):

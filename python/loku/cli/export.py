@@ -27,12 +27,13 @@ def main(argv: list[str]) -> None:
     """Write what `loku unlearn` trained (--adapter: its run's folder `adapter`, or a checkpoint) for use without loku.
 
     `adapter`: the files that PeftModel.from_pretrained loads on the unmodified base model, and nothing else. `merged`:
-    the model's weights with the adapter in them, and the tokenizer, for AutoModelForCausalLM.from_pretrained.
+    the model's weights with the adapter in them, and the tokenizer, for AutoModelForCausalLM.from_pretrained. Where
+    unlearning began from an adapter, give that one first: --adapter memorised run/adapter.
     """
     model_options, run = parse("export", [ModelOptions, ExportRun], argv, main.__doc__)
     if model_options.adapter is None:
         raise CommandError("--adapter is required: the folder `adapter` of a run, or one of its checkpoints")
-    source = Path(model_options.adapter)
+    source = Path(model_options.adapter[-1])
     if not (source / "adapter_model.safetensors").is_file():
         raise CommandError(f"--adapter {source} holds no adapter_model.safetensors")
     if run.format == "adapter":

@@ -18,15 +18,16 @@ from transformers.pytorch_utils import Conv1D
 
 from loku.cli.errors import CommandError, blaming
 from loku.cli.options import AdapterOptions, ModelOptions, read_mapping
+from loku.fila.saving import check_fila_base
 
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "feed_forward", "ffn")
 
 
 def load_model(options: ModelOptions) -> PreTrainedModel:
-    """The model, with ``adapter`` merged into it where one is given.
+    """The model, with the adapters given merged into it.
 
-    Raises CommandError where either is missing, or is none.
+    Raises CommandError where one of them is missing, or is none, or a FILA adapter belongs to another base model.
     """
     if options.model is None:
         raise CommandError("--model is required: a folder or a name on the hub")
@@ -35,9 +36,10 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
         arguments["attn_implementation"] = options.attn_implementation
     with blaming(f"--model {options.model}"):
         model = AutoModelForCausalLM.from_pretrained(options.model, **arguments)
-    if options.adapter is not None:
-        with blaming(f"--adapter {options.adapter}", RuntimeError):  # torch's, for weights of other shapes
-            model = PeftModel.from_pretrained(model, options.adapter).merge_and_unload()
+    for adapter in options.adapter or []:
+        with blaming(f"--adapter {adapter}", RuntimeError):  # torch's, for weights of other shapes
+            check_fila_base(model, adapter)
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     if torch.cuda.is_available():
         model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     return model

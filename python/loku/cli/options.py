@@ -28,7 +28,9 @@ class ModelOptions:
 
     model: str | None = option(None, "causal language model: a folder or a name on the hub")
     tokenizer: str | None = option(None, "tokenizer, where it is not the model's own")
-    adapter: str | None = option(None, "LoRA adapter to put on the model first; unlearning starts from the two merged")
+    adapter: list[str] | None = option(
+        None, "LoRA adapters to merge into the model first, one or several, in this order"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the weights; auto: as stored")
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, ...; by default the model's own")
     trust_remote_code: bool = option(False, "run the model's own code from the hub")

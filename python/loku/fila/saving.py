@@ -105,6 +105,18 @@ def load_fila_adapter(
     return model
 
 
+def check_fila_base(base_model: nn.Module, path: str | os.PathLike) -> None:
+    """Raises ValueError if the FILA adapter saved at ``path`` belongs to another base model.
+
+    Of an adapter without a record of FILA nothing is known, and nothing is checked.
+    """
+    record_path = Path(path, RECORD_NAME)
+    if record_path.is_file():
+        expected = json.loads(record_path.read_text())["fingerprints"]
+        weights = {name: module.weight for name, module in base_model.named_modules() if name in expected}
+        check_fingerprints(expected, weights, f"the adapter in {path}")
+
+
 def _check_initialised(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     layers = lora_layers(model, adapter_name)
     without = next((name for name, layer in layers.items() if not hasattr(layer.lora_A[adapter_name], "initial")), None)
