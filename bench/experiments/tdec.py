@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.experiments.runs import command, gpt2_tokenizer
 from loku.cli import main as loku
 
-FORGET, UNSEEN, RETAIN, TEXT = "tdec[0:32]", "tdec[32:64]", "wikitext2:validation[0:20]", "wikitext2:test[0:20]"
+FORGET, UNSEEN, RETAIN, TEXT = "tdec[0:32]", "tdec[32:64]", "wikitext2:validation[0:20]", "wikitext2:test[0:5]"
 REPEATS = 4  # of the forget sequences in an epoch of the target's training
 MODEL = {
     "model_type": "gpt_neo",
@@ -71,7 +71,7 @@ def main() -> None:
                 run,
                 "unlearn",
                 *("--model", target / "model", "--method", method, "--seed", seed),
-                *("--forget", FORGET, "--retain", RETAIN, "--text", TEXT),
+                *("--forget", FORGET, "--retain", RETAIN, "--text", TEXT, "--limit", 32),
                 *("--benchmark", "tdec", "--el_threshold", goal["el_10"], "--ma_threshold", goal["ma"]),
                 *("--rank", options.rank, "--learning_rate", options.learning_rate),
                 *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 8),

@@ -11,6 +11,8 @@ from data_helpers import shared_data
 
 from loku.data import DEFAULT_REFUSALS, TOFU_SPLITS, load_records, load_refusals, read_json_lines, with_refusals
 
+TDEC = ("preprefix", "prefix", "suffix")
+SEQUENCES = np.arange(3 * 200, dtype=np.uint16).reshape(3, 200) + 50000
 QA = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(4)]
 
 
@@ -29,6 +31,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         asked.append((name, configuration, split))
         if name == "locuslab/TOFU":
             return datasets.Dataset.from_list(QA[:2])
+        if name == "dar-tau/lm-extraction-benchmark":
+            return datasets.Dataset.from_dict(dict(zip(TDEC, np.split(SEQUENCES[:2], [100, 150], axis=1), strict=True)))
         lines = ["", " = One = \n", "", " text = \n", " = 1 / s \n", "", " = = Section = = \n", "", " end \n", "", ""]
         return datasets.Dataset.from_dict({"text": [*lines, " = Two = \n", "", " text \n"]})
 
@@ -109,7 +113,7 @@ def test_a_damaged_split_is_no_reason_to_go_to_the_hub(tmp_path, hub):
     assert not hub
 
 
-@pytest.mark.parametrize("source", ["forget02", "tdec:train", "wikitext", "forget01[3]", "forget01[a:b]", ""])
+@pytest.mark.parametrize("source", ["forget02", "tdec:test", "wikitext", "forget01[3]", "forget01[a:b]", ""])
 def test_unknown_sources_are_told_what_exists(source):
     with pytest.raises(ValueError, match=r"none of TOFU's splits \(full, forget01, .*wikitext2:validation"):
         load_records(source)
@@ -142,18 +146,29 @@ def test_hub_out_of_reach(tmp_path, monkeypatch):
 
 def test_tdec(tmp_path):
     (tmp_path / "tdec").mkdir()
-    whole = np.arange(3 * 200, dtype=np.uint16).reshape(3, 200) + 50000
-    for part, tokens in zip(("preprefix", "prefix", "suffix"), np.split(whole, [100, 150], axis=1), strict=True):
+    for part, tokens in zip(TDEC, np.split(SEQUENCES, [100, 150], axis=1), strict=True):
         np.save(tmp_path / "tdec" / f"val_{part}.npy", tokens)
-    assert [record["input_ids"] for record in load_records("tdec", tmp_path)] == whole.tolist()
-    assert load_records("tdec[1:2]", tmp_path) == [{"input_ids": whole[1].tolist()}]
-    np.save(tmp_path / "tdec" / "val_prefix.npy", whole[:2, :50])
+    assert [record["input_ids"] for record in load_records("tdec", tmp_path)] == SEQUENCES.tolist()
+    assert load_records("tdec[1:2]", tmp_path) == [{"input_ids": SEQUENCES[1].tolist()}]
+    np.save(tmp_path / "tdec" / "val_prefix.npy", SEQUENCES[:2, :50])
     with pytest.raises(ValueError, match="cannot be read and joined"):
         load_records("tdec", tmp_path)
     cut = tmp_path / "tdec" / "val_suffix.npy"
     cut.write_bytes(cut.read_bytes()[:200])
     with pytest.raises(ValueError, match="cannot be read and joined"):
         load_records("tdec", tmp_path)
+
+
+def test_tdecs_training_set_from_a_folder_and_from_the_hub(tmp_path, hub):
+    expected = [{"input_ids": tokens} for tokens in SEQUENCES.tolist()]
+    assert load_records("tdec:train", tmp_path) == expected[:2]
+    assert load_records("tdec:train[1:2]") == expected[1:2]
+    assert hub == [("dar-tau/lm-extraction-benchmark", "default", "train")] * 2
+    (tmp_path / "tdec").mkdir()
+    for part, tokens in zip(TDEC, np.split(SEQUENCES, [100, 150], axis=1), strict=True):
+        np.save(tmp_path / "tdec" / f"train_{part}.npy", tokens)
+    assert load_records("tdec:train", tmp_path) == expected
+    assert len(hub) == 2
 
 
 def test_wikitext_is_the_same_from_the_hub_and_from_a_file(tmp_path, hub):

@@ -22,7 +22,8 @@ TOFU_SPLITS = (
     *(f"{name}_perturbed" for name in ("forget01", "forget05", "forget10", "retain", "real_authors", "world_facts")),
 )
 WIKITEXT_SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # the hub's name: the file's
-_TDEC_PARTS = ("val_preprefix", "val_prefix", "val_suffix")
+TDEC_SETS = {"tdec": "val", "tdec:train": "train"}  # the source: its files
+_TDEC_PARTS = ("preprefix", "prefix", "suffix")
 
 
 def load_records(source: str, data_dir: str | Path | None = None) -> list[dict[str, Any]]:
@@ -31,9 +32,10 @@ def load_records(source: str, data_dir: str | Path | None = None) -> list[dict[s
     - a split of TOFU (`TOFU_SPLITS`; "forget10", say): ``question``, ``answer``, and in ``*_perturbed`` splits also
       ``paraphrased_answer``, ``perturbed_answer`` (a list) and, but for authors and facts, ``paraphrased_question``.
       From ``data_dir/tofu/<split>.json``, else the hub's data set locuslab/TOFU.
-    - "tdec": ``input_ids``, the 200 GPT-2 tokens of each of the 1,000 sequences of the Training Data Extraction
-      Challenge's validation set, from ``val_preprefix.npy``, ``val_prefix.npy`` and ``val_suffix.npy`` in
-      ``data_dir/tdec``.
+    - "tdec", "tdec:train": ``input_ids``, the 200 GPT-2 tokens of each of the 1,000 sequences of the Training Data
+      Extraction Challenge's validation set, or of the 15,000 of its training set. From ``val_preprefix.npy``,
+      ``val_prefix.npy`` and ``val_suffix.npy`` in ``data_dir/tdec``, or their likes for ``train``; the latter else from
+      the hub's data set dar-tau/lm-extraction-benchmark.
     - "wikitext2:train", "wikitext2:validation", "wikitext2:test": ``text``, a record an article; joined, they are the
       whole. From ``data_dir/wikitext2/{train,valid,test}.txt``, else the hub's data set Salesforce/wikitext.
     - a path that ends in .jsonl or .json, of objects with ``question`` and ``answer``, or ``text``, or ``input_ids``.
@@ -44,7 +46,7 @@ def load_records(source: str, data_dir: str | Path | None = None) -> list[dict[s
         data_dir: folder of data; by default the environment variable LOKU_DATA, or none.
 
     Raises:
-        FileNotFoundError: data_dir, or a file named by source, does not exist; TDEC's files are not in data_dir.
+        FileNotFoundError: data_dir, or a file named by source, does not exist; the files of "tdec" are not in data_dir.
         ValueError: there is no such source or split; a file is corrupt or empty (the line is named); the rows are empty
             or reach beyond the end.
         ConnectionError: neither the folder nor the hub gave the data.
@@ -53,15 +55,15 @@ def load_records(source: str, data_dir: str | Path | None = None) -> list[dict[s
     folder = _folder(data_dir)
     if name.endswith((".jsonl", ".json")):
         records = _user_records(name)
-    elif name == "tdec":
-        records = _tdec(folder)
+    elif name in TDEC_SETS:
+        records = _tdec(name, folder)
     elif name.partition(":")[0] == "wikitext2":
         records = _wikitext(name, folder)
     elif name in TOFU_SPLITS:
         records = _tofu(name, folder)
     else:
         raise ValueError(
-            f"source {source!r} is none of TOFU's splits ({', '.join(TOFU_SPLITS)}), tdec, "
+            f"source {source!r} is none of TOFU's splits ({', '.join(TOFU_SPLITS)}), {', '.join(TDEC_SETS)}, "
             f"{', '.join(f'wikitext2:{split}' for split in WIKITEXT_SPLITS)}, or a path that ends in .jsonl or .json; "
             "rows may follow, as in tdec[0:32]"
         )
@@ -113,12 +115,16 @@ def _wikitext(source: str, folder: Path | None) -> list[dict[str, Any]]:
     return [{"text": article} for article in re.split(r"(?<=\n \n)(?= = [^=\n]+ = \n \n)", text)]
 
 
-def _tdec(folder: Path | None) -> list[dict[str, Any]]:
-    paths = [folder and folder / "tdec" / f"{part}.npy" for part in _TDEC_PARTS]
+def _tdec(source: str, folder: Path | None) -> list[dict[str, Any]]:
+    names = [f"{TDEC_SETS[source]}_{part}.npy" for part in _TDEC_PARTS]
+    paths = [folder and folder / "tdec" / name for name in names]
     if folder is None or not all(path.is_file() for path in paths):
+        if source == "tdec:train":
+            rows = _from_hub("dar-tau/lm-extraction-benchmark", "default", "train", paths[0])
+            return [{"input_ids": [token for part in _TDEC_PARTS for token in row[part]]} for row in rows]
         raise FileNotFoundError(
-            f"tdec needs {', '.join(f'{part}.npy' for part in _TDEC_PARTS)} (from google-research/"
-            f"lm-extraction-benchmark) in the folder tdec of data_dir or of LOKU_DATA, which is {folder}"
+            f"tdec needs {', '.join(names)} (from google-research/lm-extraction-benchmark) in the folder tdec of "
+            f"data_dir or of LOKU_DATA, which is {folder}; tdec:train can be had from the hub"
         )
     try:
         sequences = np.concatenate([np.load(path, allow_pickle=False) for path in paths], axis=1)
