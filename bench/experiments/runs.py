@@ -1,13 +1,19 @@
-"""What the experiments share: `loku` commands run once, and again only where they did not come to their end."""
+"""What the experiments share: `loku` commands, run again only where they did not come to their end, and figures."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import GPT2Tokenizer
 
 from loku.cli import main
+from loku.report import Run
+from loku.report.curves import against
+from loku.report.grouping import group_runs
+from loku.report.metrics import metric
+from loku.report.style import style
 
 
 def gpt2_tokenizer(data: Path, output: Path) -> Path:
@@ -28,3 +34,13 @@ def command(folder: Path, name: str, *arguments: object) -> None:
     print("loku", shlex.join(words), flush=True)
     if main(words) != 0:
         raise SystemExit(1)
+
+
+def report(runs: Sequence[Path], output: Path, title: str, figures: Sequence[tuple[str, str]]) -> None:
+    """``loku report``, and of each (across, up) of ``figures`` a PNG beside it, of one metric against the other."""
+    main(["report", "--runs", *map(str, runs), "--output", str(output), "--title", title])
+    groups = group_runs([Run.load(run) for run in runs])
+    with style():
+        for across, up in figures:
+            figure = against(groups, metric(across), metric(up))
+            figure.savefig(output / f"{up}-against-{across}.png", dpi=200)

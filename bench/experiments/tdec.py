@@ -14,8 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench.experiments.runs import command, gpt2_tokenizer
-from loku.cli import main as loku
+from bench.experiments.runs import command, gpt2_tokenizer, report
 
 FORGET, UNSEEN, RETAIN, TEXT = "tdec[0:32]", "tdec[32:64]", "wikitext2:validation[0:20]", "wikitext2:test[0:5]"
 REPEATS = 4  # of the forget sequences in an epoch of the target's training
@@ -77,8 +76,8 @@ def main() -> None:
                 *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 8),
                 *("--save_strategy", "no", *common),
             )
-            runs.append(str(run))
-    loku(["report", "--runs", *runs, "--output", str(options.output / "report"), "--title", "TDEC"])
+            runs.append(run)
+    report(runs, options.output / "report", "TDEC", [("retain_loss", "ma"), ("perplexity", "ma")])
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
-from bench.experiments.runs import command, gpt2_tokenizer
+from bench.experiments.runs import command, gpt2_tokenizer, report
 from bench.experiments.tdec import MODEL
-from loku.cli import main as loku
 
 RETAIN = "full[0:400]"  # the questions of retain_perturbed
 
@@ -67,8 +66,9 @@ def main() -> None:
                 *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 16),
                 *("--save_strategy", "no", *common),
             )
-            runs.append(str(run))
-    loku(["report", "--runs", *runs, "--output", str(options.output / "report"), "--title", f"TOFU {options.forget}"])
+            runs.append(run)
+    figures = [("retain_rouge", "forget_rouge"), ("retain_rouge", "log10_forget_quality")]
+    report(runs, options.output / "report", f"TOFU {options.forget}", figures)
 
 
 if __name__ == "__main__":
