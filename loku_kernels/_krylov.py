@@ -52,19 +52,26 @@ class BlockKrylov:
         self.dimension = new
         coefficients, outside = self._multiply()
         self._extend_projected(coefficients.to("cpu", torch.float64))
-        values, vectors = torch.linalg.eigh(self.projected)
-        values, self._leading = values.flip(0), vectors[:, -self.rank :].flip(1)
-        last = self._leading[old:]
-        self._residuals = float(((outside.cpu() @ last) * last).sum(dim=0).clamp(min=0).sqrt().sum())
-        self.energies.append(float(values[: self.rank].sum()))
+        self._outside = outside.cpu()
+        self.energies.append(float(torch.linalg.eigvalsh(self.projected)[-self.rank :].sum()))
 
     def leading(self) -> Tensor:
         """The (rank, size) orthonormal rows that hold the most energy, in decreasing order."""
-        return self._leading.T.to(self.basis) @ self.basis[: self.dimension]
+        return self._leading().T.to(self.basis) @ self.basis[: self.dimension]
 
-    def missing(self) -> float:
-        """An estimate, meant to err upwards, of the energy that further steps would add; infinite while unknown."""
-        return max(continued_gains(self.energies), self._residuals)
+    def misses_at_most(self, energy: float) -> bool:
+        """Whether further steps would add no more, by the larger of two estimates that are meant to err upwards."""
+        # The second takes eigenvectors, which cost twice as much as the values: only where the first lets it decide.
+        return continued_gains(self.energies) <= energy and self._residuals() <= energy
+
+    def _leading(self) -> Tensor:
+        """(dimension, rank): the Ritz vectors of the largest values, in decreasing order."""
+        return torch.linalg.eigh(self.projected)[1][:, -self.rank :].flip(1)
+
+    def _residuals(self) -> float:
+        """The sum of the norms of the Ritz pairs' residuals."""
+        last = self._leading()[-self.block :]
+        return float(((self._outside @ last) * last).sum(dim=0).clamp(min=0).sqrt().sum())
 
     def _multiply(self) -> tuple[Tensor, Tensor]:
         """Set the next block from M times the newest, and return the coefficients of the part of it that lies in the

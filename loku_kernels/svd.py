@@ -180,7 +180,7 @@ def _by_krylov(
         allowed = allowed_energy(remaining**0.5, a.norm, rtol, a.dtype)
         if allowed < resolution:
             return None if a.weight.dtype == torch.float64 else _by_krylov(a.double(), rank, rtol, block, generator)
-        if space.missing() <= allowed:
+        if space.misses_at_most(allowed):
             rows = space.leading()
             return _finish(a, a.left(rows) if wide else rows)
     return None
