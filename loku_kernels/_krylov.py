@@ -55,23 +55,18 @@ class BlockKrylov:
         self._outside = outside.cpu()
         self.energies.append(float(torch.linalg.eigvalsh(self.projected)[-self.rank :].sum()))
 
-    def leading(self) -> Tensor:
-        """The (rank, size) orthonormal rows that hold the most energy, in decreasing order."""
-        return self._leading().T.to(self.basis) @ self.basis[: self.dimension]
+    def leading(self, missing: float) -> Tensor | None:
+        """The (rank, size) orthonormal rows that hold the most energy, in decreasing order.
 
-    def misses_at_most(self, energy: float) -> bool:
-        """Whether further steps would add no more, by the larger of two estimates that are meant to err upwards."""
-        # The second takes eigenvectors, which cost twice as much as the values: only where the first lets it decide.
-        return continued_gains(self.energies) <= energy and self._residuals() <= energy
-
-    def _leading(self) -> Tensor:
-        """(dimension, rank): the Ritz vectors of the largest values, in decreasing order."""
-        return torch.linalg.eigh(self.projected)[1][:, -self.rank :].flip(1)
-
-    def _residuals(self) -> float:
-        """The sum of the norms of the Ritz pairs' residuals."""
-        last = self._leading()[-self.block :]
-        return float(((self._outside @ last) * last).sum(dim=0).clamp(min=0).sqrt().sum())
+        None where further steps might add more energy than ``missing``, by the larger of two estimates that are meant
+        to err upwards.
+        """
+        if continued_gains(self.energies) > missing:
+            return None  # eigenvectors cost twice as much as the values, and could not change it
+        vectors = torch.linalg.eigh(self.projected)[1][:, -self.rank :].flip(1)
+        last = vectors[-self.block :]
+        residuals = ((self._outside @ last) * last).sum(dim=0).clamp(min=0).sqrt().sum()
+        return None if float(residuals) > missing else vectors.T.to(self.basis) @ self.basis[: self.dimension]
 
     def _multiply(self) -> tuple[Tensor, Tensor]:
         """Set the next block from M times the newest, and return the coefficients of the part of it that lies in the

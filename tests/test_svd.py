@@ -275,8 +275,8 @@ def test_too_few_steps_are_noticed(name, rank):
     for _ in range(9):
         space.step()
         missing = float(energy) - space.energies[-1]
-        assert not space.misses_at_most(missing - 1e-12 * float(energy))
-        noticed += missing > 1e-4 * float(energy) and not space.misses_at_most(1e-4 * float(energy))
+        assert space.leading(missing - 1e-12 * float(energy)) is None
+        noticed += missing > 1e-4 * float(energy) and space.leading(1e-4 * float(energy)) is None
     assert noticed >= 1  # the first steps were too few indeed
 
 
