@@ -28,9 +28,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a (N, K) @ b (K, M) -> (N, M)."""
-    if _is_amd() and _has_avx512() and _onednn_serves(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-    return torch.mm(a, b)
+    return linear(a, b.t()) if _has_avx512() else torch.mm(a, b)
 
 
 def add_outer_(total: Tensor, a: Tensor, b: Tensor) -> None:
