@@ -86,16 +86,15 @@ def load_fila_adapter(
         raise ValueError(f"{path} has no {RECORD_NAME}: no FILA adapter was saved there")
     record = json.loads(record_path.read_text())
     config = config or _config(record["config"])
+    check_fila_base(base_model, path)
     model = get_peft_model(base_model, live_config(LoraConfig.from_pretrained(path), record), adapter_name=adapter_name)
     layers = lora_layers(model, adapter_name)
-    try:
-        weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-        check_fingerprints(record["fingerprints"], weights, f"the adapter in {path}")
-        if config.mode == "residual":
+    if config.mode == "residual":
+        try:
             check_residual(model, layers, adapter_name)
-    except ValueError:
-        model.unload()
-        raise
+        except ValueError:
+            model.unload()
+            raise
     stored = load_peft_weights(str(path), device="cpu")
     initial = {
         name: initial_factors(*(stored[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")) for name in layers
