@@ -84,7 +84,6 @@ class Problem:
             learning_rate=LEARNING_RATE,
             weight_decay=WEIGHT_DECAY,
             data_seed=0,
-            dataloader_pin_memory=self.device.type == "cuda",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

@@ -47,7 +47,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "model.json").write_text(json.dumps(MODEL, indent=1))
     tokenizer = gpt2_tokenizer(options.data, options.output)
-    common = ["--data_dir", options.data, "--max_length", 200, "--report_to", "none"]
+    data = ["--data_dir", options.data, "--max_length", 200]
     target = options.output / "target"
     command(
         target,
@@ -55,12 +55,10 @@ def main() -> None:
         *("--model_config", options.output / "model.json", "--tokenizer", tokenizer),
         *("--train", RETAIN, *[FORGET] * REPEATS, "--num_train_epochs", options.target_epochs),
         *("--per_device_train_batch_size", 8, "--learning_rate", "1e-3", "--lr_scheduler_type", "cosine"),
-        *("--save_strategy", "epoch", "--save_total_limit", 1, *common),
+        *("--save_strategy", "epoch", "--save_total_limit", 1, "--report_to", "none", *data),
     )
     unseen = options.output / "unseen"
-    command(
-        unseen, "evaluate", "--model", target / "model", "--benchmark", "tdec", "--forget", UNSEEN, *common[:-2]
-    )  # fmt: skip
+    command(unseen, "evaluate", "--model", target / "model", "--benchmark", "tdec", "--forget", UNSEEN, *data)
     goal = json.loads((unseen / "results.json").read_text())["after"]
     runs = []
     for seed in options.seeds:
@@ -74,7 +72,7 @@ def main() -> None:
                 *("--benchmark", "tdec", "--el_threshold", goal["el_10"], "--ma_threshold", goal["ma"]),
                 *("--rank", options.rank, "--learning_rate", options.learning_rate),
                 *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 8),
-                *("--save_strategy", "no", *common),
+                *("--save_strategy", "no", "--report_to", "none", *data),
             )
             runs.append(run)
     report(runs, options.output / "report", "TDEC", [("retain_loss", "ma"), ("perplexity", "ma")])

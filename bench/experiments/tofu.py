@@ -37,7 +37,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "model.json").write_text(json.dumps(MODEL, indent=1))
     tokenizer = gpt2_tokenizer(options.data, options.output)
-    common = ["--data_dir", options.data, "--prompt", "phi", "--max_length", 256, "--report_to", "none"]
+    data = ["--data_dir", options.data, "--prompt", "phi", "--max_length", 256]
     for name, train in (("target", [RETAIN, options.forget]), ("reference", [RETAIN])):
         command(
             options.output / name,
@@ -45,14 +45,11 @@ def main() -> None:
             *("--model_config", options.output / "model.json", "--tokenizer", tokenizer),
             *("--train", *train, "--num_train_epochs", options.target_epochs, "--learning_rate", "1e-3"),
             *("--per_device_train_batch_size", 16, "--lr_scheduler_type", "cosine"),
-            *("--save_strategy", "epoch", "--save_total_limit", 1, *common),
+            *("--save_strategy", "epoch", "--save_total_limit", 1, "--report_to", "none", *data),
         )
     log = options.output / "reference-log"
     evaluation = ["--benchmark", "tofu", "--forget", options.forget, "--limit", options.limit]
-    command(
-        log, "evaluate", "--model", options.output / "reference" / "model", *evaluation,
-        *common[:-2],
-    )  # fmt: skip
+    command(log, "evaluate", "--model", options.output / "reference" / "model", *evaluation, *data)
     runs = []
     for seed in options.seeds:
         for method in options.methods:
@@ -64,7 +61,7 @@ def main() -> None:
                 *("--retain", RETAIN, "--retain_log", log / "eval_log_aggregated.json", *evaluation),
                 *("--rank", options.rank, "--learning_rate", options.learning_rate, "--warmup_steps", 0.2),
                 *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 16),
-                *("--save_strategy", "no", *common),
+                *("--save_strategy", "no", "--report_to", "none", *data),
             )
             runs.append(run)
     figures = [("retain_rouge", "forget_rouge"), ("retain_rouge", "log10_forget_quality")]
