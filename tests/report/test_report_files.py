@@ -177,7 +177,7 @@ def test_terminal_table_has_the_numbers_at_80_columns(two_methods):
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(summary_table([Run.load(two_methods[0]), *two_methods[1:]]))
     text = console.export_text()
-    for number in ("→ 0.030", "± 0.026", "→ 32.00", "1,500", "10.00", "900"):
+    for number in ("→ 0.030", "± 0.026", "→ 32.00", "1,500", "10.00", "900", "Peak memory (MiB)"):
         assert number in text
 
 

@@ -74,11 +74,12 @@ def with_logarithm(values: dict[str, float]) -> dict[str, float]:
 
 
 def show(value: float, std: float | None = None) -> str:
-    """About three significant digits; the standard deviation with as many decimals as its mean, and left out where it
-    is 0 or None."""
-    if not std:
+    """About three significant digits; the standard deviation with as many decimals as its mean, and left out where
+    that makes it 0, or it is None."""
+    spread = format(std or 0.0, _style(value))
+    if float(spread.replace(",", "")) == 0:
         return format(value, ",.0f" if value.is_integer() else _style(value))
-    return f"{format(value, _style(value))} ± {format(std, _style(value))}"
+    return f"{format(value, _style(value))} ± {spread}"
 
 
 def _style(value: float) -> str:

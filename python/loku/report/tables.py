@@ -29,6 +29,8 @@ class Table:
 def summary_table(runs: Sequence[Run | str | os.PathLike], title: str = "Before → after") -> RichTable:
     """Metrics before → after, time and memory of each group of runs that differ only in the seed, for the terminal.
 
+    A row a metric and a column a group: there are more metrics than methods to compare, and terminals are narrow.
+
     Args:
         runs: runs, or their folders; at least one.
         title: of the table.
@@ -38,13 +40,12 @@ def summary_table(runs: Sequence[Run | str | os.PathLike], title: str = "Before 
     """
     groups = group_runs(load_runs(runs))
     parts = [results_table(groups), costs_table(groups, ("seconds", "peak_memory_mib"))]
-    first, *headings = _side_by_side([part.header for part in parts])
-    columns = [Column(Text(heading), justify="right", overflow="fold") for heading in headings]
-    names = Column(Text(first), overflow="fold", min_width=min(8, max(len(group.label) for group in groups)))
-    table = RichTable(names, *columns, title=title, box=SIMPLE_HEAVY, leading=1, padding=(0, 1, 0, 0))
-    for lines in zip(*(part.rows for part in parts), strict=True):
-        # Narrow enough for a terminal: one number a line.
-        table.add_row(*(Text(re.sub(" ([→±]) ", r"\n\1 ", cell)) for cell in _side_by_side(lines)))
+    columns = [Column(Text(group.label), justify="right", overflow="fold") for group in groups]
+    table = RichTable(Column("Run", no_wrap=True), *columns, title=title, box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
+    arrow = "→" if len(groups) <= 2 else "\n→"
+    for part in parts:
+        for name, *cells in list(zip(part.header, *part.rows, strict=True))[1:]:
+            table.add_row(Text(name), *(Text(cell.replace(" →", f" {arrow}")) for cell in cells))
     return table
 
 
@@ -127,11 +128,6 @@ def _cell(statistic: Statistic | None, group: Group) -> str:
 def _count(group: Group) -> str:
     unfinished = sum(not run.finished for run in group.runs)
     return str(len(group.runs)) + (f" ({unfinished} unfinished)" if unfinished else "")
-
-
-def _side_by_side(parts: Sequence[list[str]]) -> list[str]:
-    """The cells of several tables with the same first column."""
-    return [parts[0][0], *(cell for part in parts for cell in part[1:])]
 
 
 def escape_markdown(text: str) -> str:
