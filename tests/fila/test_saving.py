@@ -11,11 +11,13 @@ import pytest
 import torch
 from datasets import Dataset
 from fila_models import FAMILIES, adapted, build, logits, some_state, token_ids, train
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from loku.fila import FilaConfig, initialize_lora_fila_weights, load_fila_adapter, save_fila_adapter, save_merged
+from loku.fila.saving import check_fila_base
 from loku.fila.targets import lora_layers
 
 
@@ -203,6 +205,25 @@ def test_another_base_is_refused(tmp_path):
     (tmp_path / "fila.json").unlink()
     with pytest.raises(ValueError, match=r"has no fila\.json"):
         load_fila_adapter(copy.deepcopy(base), tmp_path)
+
+
+def test_the_base_of_an_adapter_on_the_hub_is_checked(tmp_path, monkeypatch):
+    base = build("llama")
+    save_fila_adapter(trained(copy.deepcopy(base)), tmp_path)
+
+    def download(name, file):
+        if name == "someone/fila":
+            return str(tmp_path / file)
+        raise EntryNotFoundError(f"{name} has no {file}")
+
+    monkeypatch.setattr("loku.fila.saving.hf_hub_download", download)
+    check_fila_base(base, "someone/fila")
+    check_fila_base(base, "someone/lora")
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight.mul_(1.02)
+    check_fila_base(base, "someone/lora")
+    with pytest.raises(ValueError, match="the adapter in someone/fila belongs to another base model"):
+        check_fila_base(base, "someone/fila")
 
 
 def test_a_16_bit_copy_of_the_base_is_the_same_base(tmp_path):

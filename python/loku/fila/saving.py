@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import load_peft_weights
@@ -104,16 +106,27 @@ def load_fila_adapter(
     return model
 
 
-def check_fila_base(base_model: nn.Module, path: str | os.PathLike) -> None:
-    """Raises ValueError if the FILA adapter saved at ``path`` belongs to another base model.
+def check_fila_base(base_model: nn.Module, adapter: str | os.PathLike) -> None:
+    """Raises ValueError if the FILA adapter saved in the folder ``adapter``, or of that name on the hub, belongs to
+    another base model.
 
     Of an adapter without a record of FILA nothing is known, and nothing is checked.
     """
-    record_path = Path(path, RECORD_NAME)
-    if record_path.is_file():
+    record_path = _record_path(adapter)
+    if record_path is not None:
         expected = json.loads(record_path.read_text())["fingerprints"]
         weights = {name: module.weight for name, module in base_model.named_modules() if name in expected}
-        check_fingerprints(expected, weights, f"the adapter in {path}")
+        check_fingerprints(expected, weights, f"the adapter in {adapter}")
+
+
+def _record_path(adapter: str | os.PathLike) -> Path | None:
+    if Path(adapter).is_dir():
+        path = Path(adapter, RECORD_NAME)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(adapter), RECORD_NAME))
+    except (EntryNotFoundError, HFValidationError):  # if there is no adapter either, its loader says so
+        return None
 
 
 def _check_initialised(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
