@@ -78,9 +78,13 @@ class Workshop:
     def unlearn(self, method: str, output: Path, *options: object, family: str = "llama") -> list[object]:
         """The words of a quick run. On texts, as it takes a while to generate answers to questions."""
         return [
-            "unlearn", "--model", self / family, "--method", method, "--forget", self / "forget_text.jsonl",
-            "--retain", self / "retain_text.jsonl", "--output_dir", output, *QUICK, *options,
+            "unlearn", "--model", self / family, "--method", method, *self.texts,
+            "--output_dir", output, *QUICK, *options,
         ]  # fmt: skip
+
+    @property
+    def texts(self) -> list[object]:
+        return ["--forget", self / "forget_text.jsonl", "--retain", self / "retain_text.jsonl"]
 
     @property
     def questions(self) -> list[object]:

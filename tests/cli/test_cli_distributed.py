@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import torch
 from cli_setup import logged, results
 from safetensors.torch import load_file
-
-LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "loku")
+from two_processes import torchrun
 
 
 def test_torchrun_without_an_accelerator_makes_one_run_of_its_processes(workshop, loku, tmp_path, no_plots):
     """Nothing on the command line says that it is a CPU: by themselves, the processes would not know of each other."""
     two, one = tmp_path / "two", tmp_path / "one"
     words = [str(word) for word in workshop.unlearn("loku", two) if word != "--use_cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*LAUNCH, *words], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("Before") == 1  # one table
+    assert torchrun("-m", "loku", *words).count("Before") == 1  # one table
     loku(*workshop.unlearn("loku", one, "--gradient_accumulation_steps", 2))
     assert [line["step"] for line in logged(two)] == [line["step"] for line in logged(one)]
     assert results(two)["steps"] == results(one)["steps"]
@@ -28,3 +20,15 @@ def test_torchrun_without_an_accelerator_makes_one_run_of_its_processes(workshop
     assert found.keys() == expected.keys()
     for name, weight in found.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4 * float(weight.abs().max()))
+
+
+def test_importance_is_shared_between_processes(workshop, loku, tmp_path):
+    two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+    words = ["importance", "--model", workshop / "llama", *workshop.texts, "--fisher_batch_tokens", 48]
+    printed = torchrun("-m", "loku", *map(str, words), "--output", str(two))
+    assert printed.count("written to") == 1
+    loku(*words, "--output", one)
+    found, expected = load_file(two), load_file(one)
+    assert found.keys() == expected.keys()
+    for name, weights in found.items():
+        torch.testing.assert_close(weights, expected[name], rtol=1e-4, atol=0.0)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_run
 import torch
 from safetensors.torch import load_file
+from two_processes import torchrun
 
 _SCRIPT = Path(distributed_run.__file__)
 
@@ -20,12 +19,7 @@ def test_two_processes_equal_twice_the_accumulation(tmp_path):
     for folder in (one, two):
         folder.mkdir()
     paths = os.pathsep.join([str(_SCRIPT.parent), str(_SCRIPT.parents[1])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(_SCRIPT), str(two), "1"], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(str(_SCRIPT), str(two), "1", PYTHONPATH=paths)
     distributed_run.main(one, accumulation=2)
     for method in distributed_run.METHODS:
         expected = load_file(one / f"{method}-0.safetensors")

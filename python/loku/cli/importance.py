@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
 from torch import distributed
 from transformers import PreTrainedModel
 
@@ -81,9 +83,11 @@ def main(argv: list[str]) -> None:
     for name in ("forget", "retain"):
         if getattr(run, name) is None:
             raise CommandError(f"--{name} is required: a TOFU split, tdec[0:32], or a .jsonl file")
+    first = PartialState(cpu=not torch.cuda.is_available()).is_main_process  # of torchrun's processes, who now can talk
     tokenizer, model = load_tokenizer(model_options), load_model(model_options)
     sources = Tokenised.of(data, tokenizer, model)
     forget, retain = sources.examples(run.forget), sources.examples(run.retain)
-    state = row_weights(model, forget, retain, adapter, options, tokenizer.pad_token_id, run.seed)
-    state.save(run.output)
-    print(f"row weights of {len(state)} modules written to {Path(run.output)}")
+    state = row_weights(model, forget, retain, adapter, options, tokenizer.pad_token_id, run.seed, first)
+    if first:
+        state.save(run.output)
+        print(f"row weights of {len(state)} modules written to {Path(run.output)}")
