@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Tokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
 from loku.data import PROMPTS, load_records
-from loku.evaluation import aggregate_tofu, evaluate_tofu, lm_eval_tasks, read_log
+from loku.evaluation import aggregate_tofu, evaluate_tofu, read_log
 from loku.evaluation.generation import generate_greedily, rouge_recall
 from loku.evaluation.tofu import SOURCES
 from loku.evaluation.tofu_log import TASKS
@@ -175,27 +174,3 @@ def test_parts_and_records_are_checked(model, tokenizer, data_dir):
         evaluate_tofu(model, tokenizer, sources={"forget": "forget01"}, data_dir=data_dir)
     with pytest.raises(ValueError, match=r"prompt must be one of .*phi.* got 'gpt'"):
         evaluate_tofu(model, tokenizer, "gpt", data_dir=data_dir)
-
-
-def test_lm_eval_is_an_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"pip install 'loku-kernels\[lm-eval\]'"):
-        lm_eval_tasks(build("llama"), Numbers(0))
-
-
-def test_lm_eval_is_asked_for_accuracy(monkeypatch):
-    """With a stand-in for the package, which is not installed here."""
-    asked = {}
-
-    def simple_evaluate(model, tasks, **options):
-        asked.update(model=model, tasks=tasks, **options)
-        return {"results": {task: {"alias": task, "acc,none": 0.25, "acc_norm,none": 0.5} for task in tasks}}
-
-    package, models = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
-    package.simple_evaluate, models.HFLM = simple_evaluate, lambda **options: options
-    monkeypatch.setitem(sys.modules, "lm_eval", package)
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", models)
-    model = build("llama").train()
-    assert lm_eval_tasks(model, Numbers(0), ["piqa"], limit=3) == {"piqa": 0.25}
-    assert asked["model"]["pretrained"] is model and asked["limit"] == 3 and asked["num_fewshot"] == 0
-    assert model.training
