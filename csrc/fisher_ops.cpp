@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "cpu.h"
+#include "dispatch.h"
 #include "fisher.h"
 #include "workers.h"
 
@@ -13,19 +13,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-const FisherKernelTable& choose(int64_t instruction_set) {
-  const InstructionSet set = static_cast<InstructionSet>(instruction_set);
-  STD_TORCH_CHECK(is_supported(set), "this processor lacks instruction set ", instruction_set);
-  switch (set) {
-#if defined(__x86_64__)
-    case kAvx512Bf16: return avx512bf16::fisher_kernels;
-    case kAvx512: return avx512::fisher_kernels;
-    case kAvx2: return avx2::fisher_kernels;
-#endif
-    default: return portable::fisher_kernels;
-  }
-}
 
 Element element_of(const Tensor& values) {
   const ScalarType type = values.scalar_type();
@@ -98,7 +85,7 @@ void fisher_accumulate_(Tensor fisher, Tensor inputs, Tensor grad_outputs, Tenso
   STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.is_contiguous(),
                   "weights must be (S,) float32, contiguous");
   if (problem.out == 0 || problem.in == 0) return;
-  const FisherKernelTable& kernels = choose(instruction_set);
+  const FisherKernelTable& kernels = LOKU_KERNELS(instruction_set, fisher_kernels);
   const auto accumulate = kernels.of[element_of(inputs)].accumulate;
   const Grid grid(kernels, problem.out, problem.in, torch::stable::get_num_threads());
   const int64_t blocks = pieces_of(problem.out, grid.rows) * grid.across;
@@ -116,7 +103,7 @@ void fisher_accumulate_grad_(Tensor fisher, Tensor grad, double scale, int64_t i
                   "grad must be contiguous and of fisher's shape");
   constexpr int64_t kPiece = 32768;
   const Element element = element_of(grad);
-  const auto accumulate = choose(instruction_set).of[element].accumulate_grad;
+  const auto accumulate = LOKU_KERNELS(instruction_set, fisher_kernels).of[element].accumulate_grad;
   const int64_t count = fisher.numel();
   float* f = static_cast<float*>(fisher.data_ptr());
   const char* g = static_cast<const char*>(grad.data_ptr());

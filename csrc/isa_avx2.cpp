@@ -8,6 +8,7 @@ LOKU_TARGET("avx2,fma,f16c")
 #include "simd_avx2.h"
 
 #include "fisher_kernels.h"
+#include "gram_kernels.h"
 #include "probe_kernels.h"
 #include "row_kernels.h"
 LOKU_TARGET_END

@@ -8,6 +8,7 @@ LOKU_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #include "simd_avx512.h"
 
 #include "fisher_kernels.h"
+#include "gram_kernels.h"
 #include "probe_kernels.h"
 #include "row_kernels.h"
 LOKU_TARGET_END

@@ -9,6 +9,7 @@ LOKU_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #include "simd_avx512.h"
 
 #include "fisher_kernels.h"
+#include "gram_kernels.h"
 #include "probe_kernels.h"
 #include "row_kernels.h"
 LOKU_TARGET_END

@@ -3,5 +3,6 @@
 #include "simd_portable.h"
 
 #include "fisher_kernels.h"
+#include "gram_kernels.h"
 #include "probe_kernels.h"
 #include "row_kernels.h"

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cpu.h"
+#include "dispatch.h"
 #include "rows.h"
 #include "workers.h"
 
@@ -17,20 +17,11 @@ using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
 const RowKernels& choose(int64_t instruction_set, const Tensor& logits) {
-  const InstructionSet set = static_cast<InstructionSet>(instruction_set);
-  STD_TORCH_CHECK(is_supported(set), "this processor lacks instruction set ", instruction_set);
   const ScalarType type = logits.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
                   "logits must be float32, bfloat16 or float16");
   const Element element = type == ScalarType::Float ? kFloat : type == ScalarType::BFloat16 ? kBFloat16 : kHalf;
-  switch (set) {
-#if defined(__x86_64__)
-    case kAvx512Bf16: return avx512bf16::row_kernels[element];
-    case kAvx512: return avx512::row_kernels[element];
-    case kAvx2: return avx2::row_kernels[element];
-#endif
-    default: return portable::row_kernels[element];
-  }
+  return LOKU_KERNELS(instruction_set, row_kernels)[element];
 }
 
 Rows rows_of(const Tensor& logits) {

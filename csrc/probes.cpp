@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "cpu.h"
+#include "dispatch.h"
 #include "probes.h"
 #include "workers.h"
 
@@ -13,23 +13,10 @@ namespace {
 
 using torch::stable::Tensor;
 
-const Probes& choose(int64_t instruction_set) {
-  STD_TORCH_CHECK(is_supported(static_cast<InstructionSet>(instruction_set)), "this processor lacks instruction set ",
-                  instruction_set);
-  switch (instruction_set) {
-#if defined(__x86_64__)
-    case kAvx512Bf16: return avx512bf16::probes;
-    case kAvx512: return avx512::probes;
-    case kAvx2: return avx2::probes;
-#endif
-    default: return portable::probes;
-  }
-}
-
 int64_t read_probe(Tensor data, int64_t instruction_set) {
   STD_TORCH_CHECK(data.is_contiguous(), "data must be contiguous");
   constexpr int64_t kPiece = 1 << 18;
-  const Probes& probes = choose(instruction_set);
+  const Probes& probes = LOKU_KERNELS(instruction_set, probes);
   const char* bytes = static_cast<const char*>(data.data_ptr());
   const int64_t count = data.numel() * static_cast<int64_t>(data.element_size());
   std::atomic<uint32_t> seen{0};
@@ -41,7 +28,7 @@ int64_t read_probe(Tensor data, int64_t instruction_set) {
 
 double exponential_probe(int64_t count, int64_t instruction_set) {
   constexpr int64_t kPiece = 1 << 15;  // floats; 128 KiB, in the L2 cache of any processor
-  const Probes& probes = choose(instruction_set);
+  const Probes& probes = LOKU_KERNELS(instruction_set, probes);
   const std::vector<float> values(kPiece, -1.0f);
   std::atomic<float> last_sum{0.0f};
   share_rows((count + kPiece - 1) / kPiece, kPiece, [&](int64_t first, int64_t last) {

@@ -2,7 +2,8 @@
 
 Written A = D W (out x in). Whatever finds the leading right vectors V (in x r), the rest is the same: Y = D (W V),
 whose rows carry their weight as a factor and so keep their relative accuracy however small it is; the SVD of Y in
-float64; and ||A - Y V^T||, measured. A step of the Krylov iteration reads W twice; A itself is never formed.
+float64; and ||A - Y V^T||, measured. A step of the Krylov iteration reads W once (twice where there is no kernel of our
+own: on GPUs, in float64); A itself is never formed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from loku_kernels import gemm
 from loku_kernels._krylov import BlockKrylov
+from loku_kernels.backends import select
 
 # Share of what rank 0's residual exceeds the optimum's by, which the returned residual may exceed it by.
 LOST_SHARE = 0.01
@@ -69,8 +71,8 @@ def weighted_svd(
         TypeError: weight or row_weight is not a floating point tensor.
         ValueError: a shape, the rank or rtol does not fit; row_weight has a negative entry; an entry is not finite.
 
-    Besides a float32 copy of 16-bit weights it holds 5 to 15 blocks of ``rank`` vectors of length min(out, in). Where
-    the relative residual is below about 0.03, float32 cannot tell whether the optimum is reached, and the iteration
+    Besides a float32 copy of 16-bit weights it holds 5 to 15 blocks of ``rank`` vectors of length min(out, in), and on a
+    CPU one more and 48 such vectors a thread. Where the relative residual is below about 0.03, float32 cannot tell whether the optimum is reached, and the iteration
     runs again on a float64 copy; small matrices and high ranks take such a copy and the Gram matrix of one side.
     It synchronises with the device to check its input and at every step to test for convergence.
     """
@@ -111,6 +113,8 @@ class _Weighted:
 
     def __init__(self, weight: Tensor, row_weight: Tensor):
         self.dtype = weight.dtype
+        if 1 not in weight.stride():  # for the kernel that reads it
+            weight = weight.contiguous()
         lengths = torch.linalg.vector_norm(weight, dim=1)
         self.weight, self.scale = weight, 1.0
         if not _SQUARES_ARE_SAFE[0] < float(lengths.max()) < _SQUARES_ARE_SAFE[1]:
@@ -131,6 +135,20 @@ class _Weighted:
     def right(self, rows: Tensor) -> Tensor:
         """rows (b, in) @ A^T -> (b, out)."""
         return gemm.mm(self.weight, rows.T).T * self.row_weight
+
+    def gram(self, rows: Tensor) -> Tensor:
+        """rows (b, size) @ A A^T where A is wide, else rows @ A^T A."""
+        wide, backend = self.is_wide, select(self.weight)
+        if not hasattr(backend, "gram_product"):
+            return self.right(self.left(rows)) if wide else self.left(self.right(rows))
+        if not wide:
+            return backend.gram_product(self.weight, self.row_weight, rows.T.contiguous()).T
+        ones = torch.ones_like(self.weight[0])
+        return backend.gram_product(self.weight.T, ones, (rows * self.row_weight).T.contiguous()).T * self.row_weight
+
+    @property
+    def is_wide(self) -> bool:
+        return self.weight.shape[0] <= self.weight.shape[1]
 
     def double(self) -> _Weighted:
         """The same, worked in float64."""
@@ -169,10 +187,9 @@ def _by_krylov(
     a: _Weighted, rank: int, rtol: float, block: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """The factors, or None where the space has grown too large, or the residual too small, for iterating to help."""
-    wide = a.weight.shape[0] <= a.weight.shape[1]
     size = min(a.weight.shape)
     start = torch.randn(block, size, generator=generator, dtype=a.weight.dtype, device=a.weight.device)
-    space = BlockKrylov(lambda x: a.right(a.left(x)) if wide else a.left(a.right(x)), start, rank, generator)
+    space = BlockKrylov(a.gram, start, rank, generator)
     # Products in this precision blur the energy by some of this: a decision must not rest on less.
     resolution = torch.finfo(a.weight.dtype).eps * a.norm**2
     while 4 * (space.dimension + block) <= 3 * size:
@@ -183,7 +200,7 @@ def _by_krylov(
             return None if a.weight.dtype == torch.float64 else _by_krylov(a.double(), rank, rtol, block, generator)
         rows = space.leading(allowed)
         if rows is not None:
-            return _finish(a, a.left(rows) if wide else rows)
+            return _finish(a, a.left(rows) if a.is_wide else rows)
     return None
 
 

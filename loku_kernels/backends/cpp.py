@@ -17,6 +17,7 @@ from loku_kernels.backends import formulas
 
 # In the order of `InstructionSet` in csrc/cpu.h, the best last.
 _INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
+_GRAM_SIDE = 48  # kGramSide in csrc/gram.h
 
 
 def missing_reason() -> str | None:
@@ -128,6 +129,22 @@ class CppBackend:
     def fisher_accumulate_grad(self, fisher: Tensor, grad: Tensor, scale: float) -> None:
         """fisher += scale * grad^2 in float32. Both contiguous, of one shape; no memory beside them."""
         torch.ops.loku_kernels_cpp.fisher_accumulate_grad_(fisher, grad, scale, self._number)
+
+    def gram_product(self, matrix: Tensor, scales: Tensor, x: Tensor) -> Tensor:
+        """matrix^T diag(scales)^2 matrix x, (columns, width), reading the matrix once.
+
+        Args:
+            matrix: float32 (rows, columns), with adjacent elements in rows or in columns.
+            scales: float32 (rows,), contiguous.
+            x: float32 (columns, width), contiguous; width a multiple of 16.
+
+        Memory: (width + 48) x columns floats per thread. The order of the sums depends on the number of threads.
+        """
+        rows, columns = matrix.shape
+        parts = min(torch.get_num_threads(), -(-rows // _GRAM_SIDE))
+        sums = torch.zeros(parts, -(-columns // _GRAM_SIDE) * _GRAM_SIDE, x.shape[1])
+        torch.ops.loku_kernels_cpp.gram_product_(sums, matrix, scales, x, self._number)
+        return sums.sum(0)[:columns]
 
 
 @functools.cache
