@@ -71,10 +71,11 @@ def weighted_svd(
         TypeError: weight or row_weight is not a floating point tensor.
         ValueError: a shape, the rank or rtol does not fit; row_weight has a negative entry; an entry is not finite.
 
-    Besides a float32 copy of 16-bit weights it holds 5 to 15 blocks of ``rank`` vectors of length min(out, in), and on a
-    CPU one more and 48 such vectors a thread. Where the relative residual is below about 0.03, float32 cannot tell whether the optimum is reached, and the iteration
-    runs again on a float64 copy; small matrices and high ranks take such a copy and the Gram matrix of one side.
-    It synchronises with the device to check its input and at every step to test for convergence.
+    Besides a float32 copy of 16-bit weights it holds 5 to 15 blocks of ``rank`` vectors of length min(out, in), and on
+    a CPU one more and 48 such vectors a thread. Where the relative residual is below about 0.03, float32 cannot tell
+    whether the optimum is reached, and the iteration runs again on a float64 copy; small matrices and high ranks take
+    such a copy and the Gram matrix of one side. It synchronises with the device to check its input and at every step to
+    test for convergence.
     """
     _check(weight, row_weight, rank, rtol)
     device = weight.device
