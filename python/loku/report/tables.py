@@ -42,10 +42,10 @@ def summary_table(runs: Sequence[Run | str | os.PathLike], title: str = "Before 
     parts = [results_table(groups), costs_table(groups, ("seconds", "peak_memory_mib"))]
     columns = [Column(Text(group.label), justify="right", overflow="fold") for group in groups]
     table = RichTable(Column("Run", no_wrap=True), *columns, title=title, box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
-    arrow = "→" if len(groups) <= 2 else "\n→"
+    arrow = " →" if len(groups) <= 2 else "\n→"
     for part in parts:
         for name, *cells in list(zip(part.header, *part.rows, strict=True))[1:]:
-            table.add_row(Text(name), *(Text(cell.replace(" →", f" {arrow}")) for cell in cells))
+            table.add_row(Text(name), *(Text(cell.replace(" →", arrow)) for cell in cells))
     return table
 
 
