@@ -217,10 +217,9 @@ def _exact_rows(a: _Weighted, rank: int) -> Tensor:
     dense = a.weight.double() * a.row_weight.double()[:, None]
     if a.dtype == torch.float64:
         return torch.linalg.svd(dense, full_matrices=False)[2][:rank]
-    rows, columns = dense.shape
-    gram = dense @ dense.T if rows <= columns else dense.T @ dense
+    gram = dense @ dense.T if a.is_wide else dense.T @ dense
     leading = torch.linalg.eigh(gram)[1][:, -rank:].flip(1).T
-    return leading @ dense if rows <= columns else leading
+    return leading @ dense if a.is_wide else leading
 
 
 def _finish(a: _Weighted, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -88,7 +88,7 @@ def load_fila_adapter(
         raise ValueError(f"{path} has no {RECORD_NAME}: no FILA adapter was saved there")
     record = json.loads(record_path.read_text())
     config = config or _config(record["config"])
-    check_fila_base(base_model, path)
+    _check_record(base_model, record, path)
     model = get_peft_model(base_model, live_config(LoraConfig.from_pretrained(path), record), adapter_name=adapter_name)
     layers = lora_layers(model, adapter_name)
     if config.mode == "residual":
@@ -114,9 +114,13 @@ def check_fila_base(base_model: nn.Module, adapter: str | os.PathLike) -> None:
     """
     record_path = _record_path(adapter)
     if record_path is not None:
-        expected = json.loads(record_path.read_text())["fingerprints"]
-        weights = {name: module.weight for name, module in base_model.named_modules() if name in expected}
-        check_fingerprints(expected, weights, f"the adapter in {adapter}")
+        _check_record(base_model, json.loads(record_path.read_text()), adapter)
+
+
+def _check_record(base_model: nn.Module, record: dict, adapter: str | os.PathLike) -> None:
+    expected = record["fingerprints"]
+    weights = {name: module.weight for name, module in base_model.named_modules() if name in expected}
+    check_fingerprints(expected, weights, f"the adapter in {adapter}")
 
 
 def _record_path(adapter: str | os.PathLike) -> Path | None:
