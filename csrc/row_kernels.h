@@ -193,7 +193,7 @@ void loss_and_gradient(const LossProblem& problem, int64_t n, float* kept, float
   const float target_logit = to_float(row + target);
   RunnerUp best(columns, target);
   for_each_block(columns, target, [&](int64_t number, int64_t begin, int64_t end) {
-    take_block(row, begin, end, best, Keep<std::is_same<T, float>::value>{kept});
+    take_block(row, begin, end, best, Keep{kept});
     references[number] = best.value;
   });
   const Partials g = write_row(problem, n, target_logit, best);

@@ -1,8 +1,8 @@
 // The runner-up of a row and the sum of the other exponentials, reading the row from memory once.
 //
 // The row is taken in blocks that stay in the L1 cache. Where a block holds a new runner-up, the sum so far is rescaled
-// and the block's own sum leaves the runner-up out; the target is left out by splitting the row around it. No part of
-// the sum is ever taken off again, which is what keeps it exact when it is tiny.
+// and the block's own sum leaves out what equals the runner-up, which is counted; the target is left out by splitting the
+// row around it. No part of the sum is ever taken off again, which is what keeps it exact when it is tiny.
 #pragma once
 
 #include "elementary.h"
@@ -11,12 +11,15 @@
 namespace loku::LOKU_ISA {
 
 constexpr int64_t kBlock = 1024;  // columns
+// Columns between two looks for a new runner-up, which costs a piece that is summed in vain and summed again.
+constexpr int64_t kPiece = 8 * kUnroll * kWidth;
+constexpr int64_t kPiecesInASum = 4;  // in float32, before it goes to float64
 
 template <class T>
 float maximum(const T* z, int64_t n) {
   Vector best[kUnroll];
   for (Vector& b : best) b = broadcast(-INFINITY);
-  sweep(z, n, [&](int64_t, Vector x, int, int k) LOKU_LAMBDA { best[k] = larger(x, best[k]); });
+  sweep_in_any_order(z, n, [&](Vector x, int k) LOKU_LAMBDA { best[k] = larger(x, best[k]); });
   return largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
@@ -31,42 +34,59 @@ int64_t find(const T* z, int64_t n, float value) {
   return 0;
 }
 
-// Where exponentials go: nowhere, to a row of floats, or over the logits that they come from.
+// Where exponentials go: nowhere, to a row of floats, or over the logits that they come from. each() calls
+// exponential(vector, accumulator number) over z[0, n), whose columns begin at `first` of the row.
 struct Discard {
-  static constexpr bool kOverwrites = false;
-  LOKU_INLINE Discard operator+(int64_t) const { return {}; }
-  LOKU_INLINE void put(int, Vector) const {}
-  LOKU_INLINE void put_one() const {}
+  template <class T, class Exponential>
+  LOKU_INLINE void each(const T* z, int64_t, int64_t n, Exponential exponential) const {
+    sweep_in_any_order(z, n, [&](Vector x, int k) LOKU_LAMBDA { exponential(x, k); });
+  }
 };
 
-template <bool overwrites>
 struct Keep {
-  static constexpr bool kOverwrites = overwrites;
-  float* to;
-  LOKU_INLINE Keep operator+(int64_t columns) const { return {to + columns}; }
-  LOKU_INLINE void put(int lanes, Vector x) const { store_lanes(to, lanes, x); }
-  LOKU_INLINE void put_one() const { *to = 1.0f; }
+  float* row;
+  template <class T, class Exponential>
+  LOKU_INLINE void each(const T* z, int64_t first, int64_t n, Exponential exponential) const {
+    sweep(z, n, [&](int64_t i, Vector x, int lanes, int k) LOKU_LAMBDA {
+      store_lanes(row + first + i, lanes, exponential(x, k));
+    });
+  }
 };
 
-struct BlockSum {
-  float sum;      // of exp(z - reference)
-  bool exceeded;  // some z may be larger than the reference
+// Sums of exp(z - top), and the signs of top - z: set where some z is larger than `top`.
+struct Sums {
+  Vector sum[kUnroll] = {}, signs = {};
+
+  LOKU_INLINE float total() const { return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3])); }
 };
 
 template <class T, class Sink>
-BlockSum sum_exponentials(const T* z, int64_t n, float reference, Sink sink) {
+LOKU_INLINE Sums sum_exponentials(const T* z, int64_t begin, int64_t end, float reference, Sink sink) {
   const Vector top = broadcast(reference);
-  Vector sum[kUnroll], signs[kUnroll];
-  for (int k = 0; k < kUnroll; ++k) sum[k] = signs[k] = broadcast(0.0f);
-  sweep(z, n, [&](int64_t i, Vector x, int lanes, int k) LOKU_LAMBDA {
+  Sums sums;
+  sink.each(z + begin, begin, end - begin, [&](Vector x, int k) LOKU_LAMBDA {
     const Vector below = top - x;
     const Vector e = exponential_of_minus(below);
-    (sink + i).put(lanes, e);
-    signs[k] = bits_of_either(signs[k], below);
-    sum[k] = sum[k] + e;
+    sums.signs = bits_of_either(sums.signs, below);
+    sums.sum[k] = sums.sum[k] + e;
+    return e;
   });
-  return {sum_of((sum[0] + sum[1]) + (sum[2] + sum[3])),
-          any_negative(bits_of_either(bits_of_either(signs[0], signs[1]), bits_of_either(signs[2], signs[3])))};
+  return sums;
+}
+
+// The sum of exp(z - top) over a block whose largest z is `top`, without one of those that are equal to it.
+template <class T, class Sink>
+float sum_of_others(const T* z, int64_t begin, int64_t end, float top_value, Sink sink) {
+  const Vector top = broadcast(top_value), zero = broadcast(0.0f), one = broadcast(1.0f);
+  Vector sum[2] = {zero, zero}, ties = zero;
+  sink.each(z + begin, begin, end - begin, [&](Vector x, int k) LOKU_LAMBDA {
+    const Mask is_top = equal(x, top);
+    const Vector e = exponential_of_minus(top - x);
+    sum[k % 2] = sum[k % 2] + select(is_top, zero, e);
+    ties = ties + select(is_top, one, zero);
+    return e;
+  });
+  return sum_of(sum[0] + sum[1]) + (sum_of(ties) - 1.0f);
 }
 
 // exp(-inf - -inf) would be NaN; a runner-up of -inf counts as 0.
@@ -80,27 +100,36 @@ struct RunnerUp {
   RunnerUp(int64_t columns, int64_t target) : index(target == 0 && columns > 1) {}
 };
 
+// A block that may hold a new runner-up.
 template <class T, class Sink>
 LOKU_INLINE void take_block(const T* z, int64_t begin, int64_t end, RunnerUp& best, Sink sink) {
-  // After a few blocks a new runner-up is rare, so it pays to take the sum for granted and look afterwards.
-  if (!Sink::kOverwrites && best.value > -INFINITY) {
-    const BlockSum block = sum_exponentials(z + begin, end - begin, best.value, sink + begin);
-    if (!block.exceeded) {
-      best.rest += block.sum;
-      return;
-    }
-  }
   const float top = maximum(z + begin, end - begin);
   if (!(top > best.value)) {
-    best.rest += sum_exponentials(z + begin, end - begin, finite_reference(best.value), sink + begin).sum;
+    best.rest += sum_exponentials(z, begin, end, finite_reference(best.value), sink).total();
     return;
   }
   best.rest = (best.rest + 1.0) * std::exp(static_cast<double>(best.value) - top);
   best.value = top;
   best.index = begin + find(z + begin, end - begin, top);
-  best.rest += sum_exponentials(z + begin, best.index - begin, top, sink + begin).sum;
-  best.rest += sum_exponentials(z + best.index + 1, end - best.index - 1, top, sink + (best.index + 1)).sum;
-  (sink + best.index).put_one();
+  best.rest += sum_of_others(z, begin, end, top, sink);
+}
+
+// Takes in whole pieces from `begin` on, and returns where the first one begins that may hold a new runner-up.
+template <class T>
+int64_t take_pieces(const T* z, int64_t begin, int64_t end, RunnerUp& best) {
+  bool exceeded = false;
+  while (!exceeded && end - begin >= kPiece) {
+    const int64_t stop = end - begin < kPiecesInASum * kPiece ? end : begin + kPiecesInASum * kPiece;
+    Sums total;
+    for (; stop - begin >= kPiece; begin += kPiece) {
+      const Sums piece = sum_exponentials(z, begin, begin + kPiece, best.value, Discard{});
+      exceeded = any_negative(piece.signs);
+      if (exceeded) break;
+      for (int k = 0; k < kUnroll; ++k) total.sum[k] = total.sum[k] + piece.sum[k];
+    }
+    best.rest += total.total();
+  }
+  return begin;
 }
 
 // Calls visit(number, begin, end) for the row's blocks, which leave the target out.
@@ -119,8 +148,16 @@ LOKU_INLINE int64_t most_blocks(int64_t columns) { return columns / kBlock + 2; 
 template <class T>
 RunnerUp row_statistics(const T* z, int64_t columns, int64_t target) {
   RunnerUp best(columns, target);
-  for_each_block(columns, target,
-                 [&](int64_t, int64_t begin, int64_t end) { take_block(z, begin, end, best, Discard{}); });
+  const auto segment = [&](int64_t begin, int64_t end) LOKU_LAMBDA {
+    while (begin < end) {
+      if (best.value > -INFINITY) begin = take_pieces(z, begin, end, best);
+      const int64_t stop = end - begin < kPiece ? end : begin + kPiece;
+      if (begin < stop) take_block(z, begin, stop, best, Discard{});
+      begin = stop;
+    }
+  };
+  segment(0, target);
+  segment(target + 1, columns);
   return best;
 }
 

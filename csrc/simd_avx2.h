@@ -21,6 +21,11 @@ template <class T>
 LOKU_INLINE Vector load(const T* p) {
   return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T());
 }
+LOKU_INLINE void load_in_any_order(const BFloat16* p, Vector& even, Vector& odd) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  odd = _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_setzero_si256(), bits, 0xaa));
+}
 
 LOKU_INLINE __m128i narrow(Vector x, Half) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 LOKU_INLINE __m128i narrow(Vector x, BFloat16) {
@@ -54,6 +59,7 @@ LOKU_INLINE Vector copy_sign(Vector magnitude, Vector sign) {
   return _mm256_or_ps(magnitude, _mm256_and_ps(sign, broadcast(-0.0f)));
 }
 LOKU_INLINE Mask less(Vector x, Vector y) { return _mm256_cmp_ps(x, y, _CMP_LT_OQ); }
+LOKU_INLINE Mask equal(Vector x, Vector y) { return _mm256_cmp_ps(x, y, _CMP_EQ_OQ); }
 LOKU_INLINE Vector select(Mask mask, Vector yes, Vector no) { return _mm256_blendv_ps(no, yes, mask); }
 LOKU_INLINE int first_equal(Vector x, Vector y) {
   return __builtin_ctz(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_EQ_OQ)) | 1 << kWidth);

@@ -21,6 +21,12 @@ template <class T>
 LOKU_INLINE Vector load(const T* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T());
 }
+// The 2 kWidth elements at p, without the shuffle that their order would cost.
+LOKU_INLINE void load_in_any_order(const BFloat16* p, Vector& even, Vector& odd) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
 
 LOKU_INLINE __m256i narrow(Vector x, Half) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 #if defined(LOKU_BF16_INSTRUCTIONS)
@@ -77,6 +83,7 @@ LOKU_INLINE Vector copy_sign(Vector magnitude, Vector sign) {
   return _mm512_or_ps(magnitude, _mm512_and_ps(sign, broadcast(-0.0f)));
 }
 LOKU_INLINE Mask less(Vector x, Vector y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ); }
+LOKU_INLINE Mask equal(Vector x, Vector y) { return _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ); }
 LOKU_INLINE Vector select(Mask mask, Vector yes, Vector no) { return _mm512_mask_mov_ps(no, mask, yes); }
 // The first lane at which x and y are equal, or kWidth.
 LOKU_INLINE int first_equal(Vector x, Vector y) {

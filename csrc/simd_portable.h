@@ -15,6 +15,7 @@ constexpr int kWidth = 4;
 LOKU_INLINE Vector broadcast(float x) { return Vector{x, x, x, x}; }
 LOKU_INLINE Vector select(Mask mask, Vector yes, Vector no) { return (Vector)(((Mask)yes & mask) | ((Mask)no & ~mask)); }
 LOKU_INLINE Mask less(Vector x, Vector y) { return x < y; }
+LOKU_INLINE Mask equal(Vector x, Vector y) { return x == y; }
 LOKU_INLINE Vector larger(Vector x, Vector y) { return select(y < x, x, y); }
 LOKU_INLINE Vector smaller(Vector x, Vector y) { return select(x < y, x, y); }
 LOKU_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
@@ -67,6 +68,12 @@ LOKU_INLINE Vector load(const T* p) {
   HalfBits bits;
   std::memcpy(&bits, p, sizeof bits);
   return widen(__builtin_convertvector(bits, Bits), T());
+}
+LOKU_INLINE void load_in_any_order(const BFloat16* p, Vector& a, Vector& b) {
+  Bits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  a = (Vector)(bits << 16);
+  b = (Vector)(bits & 0xffff0000u);
 }
 LOKU_INLINE void store(float* p, Vector x) { std::memcpy(p, &x, sizeof x); }
 template <class T>

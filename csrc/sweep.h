@@ -12,20 +12,44 @@ constexpr int kUnroll = 4;
 // row. Of 0 to 16 KiB, 4 KiB measured best.
 constexpr int64_t kAhead = 4096;
 
-// Calls step(position, vector, lane count, accumulator number) over p[0, n); lanes past the end hold -inf.
-template <class T, class Step>
-LOKU_INLINE void sweep(const T* p, int64_t n, Step step) {
+// Two vectors from p[0, 2 kWidth), in whatever order is cheapest. Beside this, simd_*.h have one for bfloat16.
+template <class T>
+LOKU_INLINE void load_in_any_order(const T* p, Vector& a, Vector& b) {
+  a = load(p);
+  b = load(p + kWidth);
+}
+
+template <class T, class LoadTwo, class Step>
+LOKU_INLINE void sweep_by(LoadTwo load_two, const T* p, int64_t n, Step step) {
   int64_t i = 0;
   for (; i + kUnroll * kWidth <= n; i += kUnroll * kWidth) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kUnroll; ++k) {
-      const T* here = p + i + k * kWidth;
-      if (k * kWidth * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(here) + kAhead);
-      step(i + k * kWidth, load(here), kWidth, k);
+#pragma GCC unroll 2
+    for (int k = 0; k < kUnroll; k += 2) {
+      Vector x[2];
+      load_two(p + i + k * kWidth, x[0], x[1]);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const int64_t here = (k + j) * kWidth;
+        if (here * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(p + i + here) + kAhead);
+        step(i + here, x[j], kWidth, k + j);
+      }
     }
   }
   for (; i + kWidth <= n; i += kWidth) step(i, load(p + i), kWidth, 0);
   if (i < n) step(i, load_first(p + i, n - i, -INFINITY), static_cast<int>(n - i), 0);
+}
+
+// Calls step(position, vector, lane count, accumulator number) over p[0, n); lanes past the end hold -inf.
+template <class T, class Step>
+LOKU_INLINE void sweep(const T* p, int64_t n, Step step) {
+  sweep_by([](const T* here, Vector& a, Vector& b) LOKU_LAMBDA { a = load(here), b = load(here + kWidth); }, p, n, step);
+}
+
+// Calls step(vector, accumulator number) over p[0, n) in whatever order is cheapest to load; the last lanes hold -inf.
+template <class T, class Step>
+LOKU_INLINE void sweep_in_any_order(const T* p, int64_t n, Step step) {
+  sweep_by([](const T* here, Vector& a, Vector& b) LOKU_LAMBDA { load_in_any_order(here, a, b); }, p, n,
+           [&](int64_t, Vector x, int, int k) LOKU_LAMBDA { step(x, k); });
 }
 
 template <class T>

@@ -119,6 +119,19 @@ def test_ties_go_to_the_lowest_index(backend, device, tied):
     assert z.grad[0, tied[1]] > 0
 
 
+@pytest.mark.parametrize("tied", [[700, 701], [700, 702, 720], [700, 2900], [2, 3, 2999]])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_in_a_long_row_are_all_but_one_part_of_the_rest(backend, device, dtype, tied):
+    logits = torch.linspace(-1, 1, 3000, device=device).to(dtype)
+    logits[tied] = 6.0
+    label = torch.tensor(1234, device=device)
+    statistics = lk.target_statistics(logits, label)
+    rest = torch.ones(3000, dtype=torch.bool)
+    rest[[tied[0], 1234]] = False
+    assert statistics.runner_up_index.item() == tied[0]
+    assert statistics.rest.item() == pytest.approx(logits.cpu().double()[rest].logsumexp(0).item(), rel=1e-6)
+
+
 def test_tie_of_target_and_runner_up_counts_as_argmax_does(backend, device):
     logits = torch.zeros(2, 50, device=device)
     logits[:, [5, 30]] = 1.0
@@ -187,11 +200,14 @@ def test_very_large_logits(backend, device, dtype):
     assert z.grad.isfinite().all()
 
 
-def test_nan_logits_reach_the_loss(backend, device):
-    logits, labels = random_problem(6, 5000, torch.float32, device)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("column", [5, 300, 4321, 4999])
+def test_nan_logits_reach_the_loss(backend, device, dtype, column):
+    logits, labels = random_problem(6, 5000, dtype, device)
     labels = labels.clamp(min=0)
     logits[0, labels[0]] = NAN
-    logits[3, 4321] = NAN
+    logits[3, column] = NAN
+    logits[3, column - 1] = 50.0  # a new maximum beside it
     loss = lk.fused_ihl(logits, labels, reduction="none")
     assert loss.isnan().tolist() == [True, False, False, True, False, False]
 
