@@ -4,11 +4,15 @@ torch.mm hands float32 to MKL, which on AMD processors is not always the best to
 AVX-512, which MKL does not use there, it reaches half of what oneDNN reaches. With AVX2 alone it is as good or better,
 but for inputs @ weight^T: 160 x 768 x 50257 took 185 ms on a Zen 3, and oneDNN 100. The rules are fixed, not timed at
 run time: results must not hang on the load.
+
+Where a processor has no instructions for a 16-bit type, torch's own loops multiply it at 0.4 to 20 GFLOP/s, and at 100
+in float32 (Zen 3, 2 cores). The operands are therefore widened, a block at a time.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,10 +21,17 @@ from torch import Tensor
 # oneDNN lays its operands out anew for every product, which only products with some height repay: 4096 x 4096 times
 # 32 columns takes 2.7 ms against MKL's 7.5.
 _ONEDNN_MIN_SIDE = 16
+# From so many rows on, MKL takes 0.87 to 1 times as long for the transpose of a product, and is as accurate; with fewer
+# rows its error is ten times as large.
+_TRANSPOSE_MIN_ROWS = 16
+# Floats in the widened blocks of one step: small beside a chunk of logits, large enough for the product's full speed.
+_WIDENED_ELEMENTS = 4 << 20
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """inputs (N, D) @ weight (V, D)^T + bias (V,) -> (N, V)."""
+    if is_widened(inputs):
+        return _linear_in_float32(inputs, weight, bias)
     if _is_amd() and _onednn_serves(inputs, weight):
         return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return torch.nn.functional.linear(inputs, weight, bias)
@@ -28,7 +39,11 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a (N, K) @ b (K, M) -> (N, M)."""
-    return linear(a, b.t()) if _has_avx512() else torch.mm(a, b)
+    if is_widened(a):
+        return _mm_in_float32(a, b)
+    if a.device.type == "cpu" and not _has_avx512() and len(a) >= _TRANSPOSE_MIN_ROWS:
+        return torch.mm(b.t(), a.t()).t()
+    return linear(a, b.t())
 
 
 def add_outer_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -38,7 +53,46 @@ def add_outer_(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif a.is_cuda:
         total += torch.mm(a.t(), b, out_dtype=total.dtype)
     else:
-        total.addmm_(a.t().to(total.dtype), b.to(total.dtype))
+        wide = b.to(total.dtype)
+        for block in _blocks(a.shape[1], sum(a.shape)):
+            total[block].addmm_(a[:, block].t().to(total.dtype), wide)
+
+
+def is_widened(a: Tensor) -> bool:
+    """Whether products of ``a`` are formed in float32 because the processor has none of its dtype."""
+    return a.device.type == "cpu" and a.dtype in (torch.bfloat16, torch.float16) and not _multiplies(a.dtype)
+
+
+def _linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out, wide = inputs.new_empty(inputs.shape[0], weight.shape[0]), inputs.float()
+    for block in _blocks(weight.shape[0], sum(inputs.shape)):
+        out[:, block] = linear(wide, weight[block].float(), None if bias is None else bias[block].float())
+    return out
+
+
+def _mm_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    total = torch.zeros(a.shape[0], b.shape[1])
+    for block in _blocks(a.shape[1], a.shape[0] + b.shape[1]):
+        total.addmm_(a[:, block].float(), b[block].float())
+    return total.to(a.dtype)
+
+
+def _blocks(length: int, elements: int) -> Iterator[slice]:
+    """Slices of range(length), for each index of which ``elements`` numbers are widened."""
+    step = max(1, _WIDENED_ELEMENTS // max(1, elements))
+    return (slice(start, start + step) for start in range(0, length, step))
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this 16-bit type on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    is_supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return is_supported[dtype]()
 
 
 def _onednn_serves(a: Tensor, b: Tensor) -> bool:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-# (hidden size up to and including, bytes of logits in a chunk) on a CPU. Two costs pull apart. The C library keeps
-# freed blocks under 32 MiB, so that smaller chunks cost no page faults (90 ms of 2048 x 50257 float32 logits). And
-# every chunk's GEMM lays out the head's weight anew, so that wide heads want fewer chunks. Two GEMMs of a frozen head
-# in float32 on 2 cores of Zen 5, ms, unchunked and in chunks of 31, 64, 128 MiB:
+# Fewer chunks mean less work of laying out the head's weight for the GEMMs, and above 32 MiB the C library takes each
+# chunk's memory from the system and returns it (smaller blocks leave holes in the heap that the next chunk does not
+# fit: up to three chunks at the peak). Page faults for it cost 3%. Two GEMMs of a frozen head in float32, ms, unchunked
+# and in chunks of 31, 64, 128 MiB, on 2 cores of Zen 5:
 #     (N, D, V) = (2048, 768, 50257)    918    863   990   936
 #                 (1024, 2048, 51200)  1086   1209  1081  1071
 #                 (512, 4096, 32000)    659    676   658   648
-_CPU_CHUNK_BYTES = ((1024, 31 << 20), (2**31, 128 << 20))
+# and the first of them with its losses on 2 cores of Zen 3: 2738, 2856, 2802 in chunks.
+_CPU_CHUNK_BYTES = 128 << 20
 # On a GPU: enough rows for the GEMMs of a chunk to run at full speed.
 _GPU_CHUNK_BYTES = 512 << 20
 _ROW_MULTIPLE = 16
 
 
-def default_chunk_bytes(hidden_size: int, device_type: str) -> int:
+def default_chunk_bytes(device_type: str) -> int:
     """Bytes of logits in one chunk where the caller sets no budget."""
-    if device_type != "cpu":
-        return _GPU_CHUNK_BYTES
-    return next(chunk_bytes for limit, chunk_bytes in _CPU_CHUNK_BYTES if hidden_size <= limit)
+    return _CPU_CHUNK_BYTES if device_type == "cpu" else _GPU_CHUNK_BYTES
 
 
 def chunk_rows(n_rows: int, vocabulary: int, itemsize: int, chunk_bytes: int) -> int:

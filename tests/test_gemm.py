@@ -24,6 +24,27 @@ def test_float32_products_keep_float32_accuracy(monkeypatch, onednn, shape):
     torch.testing.assert_close(gemm.linear(a, b.t(), bias).double(), truth + bias, **bound)
 
 
+@pytest.mark.parametrize("elements", [1, 1000, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 50, 7), (64, 64, 64), (0, 64, 64), (5, 300, 1)])
+def test_widened_products_round_once(monkeypatch, dtype, shape, elements):
+    """On processors without instructions for a 16-bit type: sums in float32, whatever the blocks."""
+    monkeypatch.setattr(gemm, "_multiplies", lambda dtype: False)
+    monkeypatch.setattr(gemm, "_WIDENED_ELEMENTS", elements)
+    n, k, m = shape
+    a, b, bias = (torch.randn(size).to(dtype) for size in ((n, k), (k, m), (m,)))
+    truth = a.double() @ b.double()
+    bound = {"rtol": torch.finfo(dtype).eps / 2, "atol": 1e-6 * k}
+    for found, expected in (
+        (gemm.mm(a, b), truth),
+        (gemm.mm(a.t().contiguous().t(), b.t().contiguous().t()), truth),
+        (gemm.linear(a, b.t()), truth),
+        (gemm.linear(a, b.t(), bias), truth + bias.double()),
+    ):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, **bound)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_add_outer_sums_in_the_dtype_of_the_total(device, dtype):
     a, b = torch.randn(200, 30).to(device, dtype), torch.randn(200, 20).to(device, dtype)

@@ -261,7 +261,7 @@ def _chunks(
         rows = None if counted.all() else counted.nonzero().squeeze(1)
     n_rows = hidden.shape[0] if rows is None else rows.shape[0]
     if chunk_bytes is None:
-        chunk_bytes = launch.default_chunk_bytes(hidden.shape[1], hidden.device.type)
+        chunk_bytes = launch.default_chunk_bytes(hidden.device.type)
     height = launch.chunk_rows(n_rows, weight.shape[0], hidden.element_size(), chunk_bytes)
     for start in range(0, n_rows, height):
         chunk = slice(start, min(start + height, n_rows))
