@@ -30,6 +30,8 @@ from torch import Tensor
 MIN_STEPS = 4
 _SAFETY = 3.0
 _MIN_RATIO, _MAX_RATIO = 0.4, 0.9
+# Gains that come down to what may be missing in a step, most often.
+_NEAR = 1.5
 
 
 class BlockKrylov:
@@ -42,6 +44,7 @@ class BlockKrylov:
         self.projected = start.new_empty(0, 0, dtype=torch.float64, device="cpu")  # M in the basis
         self.dimension = 0
         self.energies: list[float] = []
+        self._is_near = False
         self._next = _orthonormal(start)
 
     def step(self) -> None:
@@ -54,7 +57,10 @@ class BlockKrylov:
         coefficients, outside = self._multiply()
         self._extend_projected(coefficients.to("cpu", torch.float64))
         self._outside = outside.cpu()
-        self.energies.append(float(torch.linalg.eigvalsh(self.projected)[-self.rank :].sum()))
+        # Eigenvectors cost twice as much as the values alone, so they are formed only where they may be asked for.
+        find = torch.linalg.eigh if self._is_near else lambda matrix: (torch.linalg.eigvalsh(matrix), None)
+        values, self._vectors = find(self.projected)
+        self.energies.append(float(values[-self.rank :].sum()))
 
     def leading(self, missing: float) -> Tensor | None:
         """The (rank, size) orthonormal rows that hold the most energy, in decreasing order.
@@ -62,9 +68,13 @@ class BlockKrylov:
         None where further steps might add more energy than ``missing``, by the larger of two estimates that are meant
         to err upwards.
         """
-        if continued_gains(self.energies) > missing:
-            return None  # eigenvectors cost twice as much as the values, and could not change it
-        vectors = torch.linalg.eigh(self.projected)[1][:, -self.rank :].flip(1)
+        gains = continued_gains(self.energies)
+        self._is_near = gains < _NEAR * missing
+        if gains > missing:
+            return None
+        if self._vectors is None:
+            self._vectors = torch.linalg.eigh(self.projected)[1]
+        vectors = self._vectors[:, -self.rank :].flip(1)
         last = vectors[-self.block :]
         residuals = torch.linalg.eigvalsh(last.T @ self._outside @ last).clamp(min=0).sqrt()
         return None if float(residuals.sum()) > missing else vectors.T.to(self.basis) @ self.basis[: self.dimension]
@@ -78,11 +88,12 @@ class BlockKrylov:
         # Noise as large as the rounding errors of `image` gives generic directions where the space is exhausted,
         # in which QR would otherwise fill in unit vectors that may already be in the basis.
         eps = torch.finfo(image.dtype).eps
-        noise = torch.randn(image.shape, generator=self.generator, dtype=image.dtype, device=image.device)
+        noise = image.new_empty(image.shape).uniform_(-1, 1, generator=self.generator)
         height = torch.linalg.vector_norm(image, dim=1, keepdim=True) + eps
         rows = torch.addcmul(image, noise, height, value=eps / self.size**0.5)
         rows = torch.addmm(rows, coefficients, basis, alpha=-1)
-        outside = rows.double() @ rows.double().T
+        double = rows.double()
+        outside = double @ double.T
         rows = _orthonormal(rows)
         self._next = _orthonormal(torch.addmm(rows, rows @ basis.T, basis, alpha=-1))
         return coefficients, outside
