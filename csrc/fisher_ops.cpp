@@ -27,8 +27,6 @@ int64_t row_stride(const Tensor& matrix) {
   return matrix.stride(0);
 }
 
-int64_t pieces_of(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
-
 // One side of the blocks: `pieces` of nearly equal size, a multiple of the tile.
 int64_t block_side(int64_t size, int64_t pieces, int64_t tile) {
   return pieces_of(pieces_of(size, pieces), tile) * tile;

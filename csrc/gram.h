@@ -18,8 +18,6 @@ struct GramProblem {
 constexpr int64_t kGramSide = 48;   // of the square tiles that M is cut into
 constexpr int64_t kGramWidth = 16;  // floats in the widest vector
 
-inline int64_t gram_tiles(int64_t size) { return (size + kGramSide - 1) / kGramSide; }
-
 // out (columns rounded up to whole tiles, width) += sum over rows first * kGramSide <= i < last * kGramSide of
 // (scales[i] M_i)^T (scales[i] M_i x). scratch: kGramSide rows of as many floats as out has rows, and width more.
 using GramKernel = void (*)(const GramProblem&, int64_t first, int64_t last, float* out, float* scratch);

@@ -31,11 +31,11 @@ void gram_product_(Tensor out, Tensor matrix, Tensor scales, Tensor x, int64_t i
   STD_TORCH_CHECK(scales.is_contiguous() && scales.numel() == problem.rows, "scales must be (rows,), contiguous");
   STD_TORCH_CHECK(x.is_contiguous() && x.size(0) == problem.columns && problem.width % kGramWidth == 0,
                   "x must be (columns, a multiple of ", kGramWidth, "), contiguous");
-  const int64_t height = gram_tiles(problem.columns) * kGramSide;
+  const int64_t height = pieces_of(problem.columns, kGramSide) * kGramSide;
   STD_TORCH_CHECK(out.is_contiguous() && out.dim() == 3 && out.size(1) == height && out.size(2) == problem.width,
                   "out must be (parts, columns rounded up to a multiple of ", kGramSide, ", width), contiguous");
   const GramKernel kernel = LOKU_KERNELS(instruction_set, gram_product);
-  const int64_t panels = gram_tiles(problem.rows), parts = out.size(0);
+  const int64_t panels = pieces_of(problem.rows, kGramSide), parts = out.size(0);
   float* sums = static_cast<float*>(out.data_ptr());
   share_pieces(parts, 1, [&] {
     const int64_t room = kGramSide * (height + problem.width);

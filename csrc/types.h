@@ -10,6 +10,9 @@
 
 namespace loku {
 
+// How many pieces cover `size`, the last one perhaps in part.
+LOKU_INLINE int64_t pieces_of(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
 struct BFloat16 {
   uint16_t bits;
 };

@@ -7,13 +7,15 @@
 #include <atomic>
 #include <cstdint>
 
+#include "types.h"
+
 namespace loku {
 
 // Does pieces [0, count), `step` at a time. Every thread calls start() once, for what it needs to work, and then what
 // that returned, as f(first, last), on the next pieces whenever it is free.
 template <class Start>
 void share_pieces(int64_t count, int64_t step, const Start& start) {
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), (count + step - 1) / step);
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), pieces_of(count, step));
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     const auto f = start();

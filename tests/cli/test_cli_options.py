@@ -135,13 +135,23 @@ def test_presets_parse_for_every_command(command, preset):
     found = as_dict(*parse(command, OPTIONS[command], ["--preset", preset, *words], "A test."))
     assert found["model"].count("/") == 1
     if command == "unlearn":
-        assert found["method"] == "loku" and found["rank"] == 16 and found["bf16"]
+        assert found["method"] == "loku" and found["rank"] in (16, 32) and found["bf16"]
+
+
+@pytest.mark.parametrize(("preset", "finetune", "unlearn"), [("llama2-7b", 1e-5, 1e-4), ("phi-1.5b", 2e-5, 2e-4)])
+def test_presets_have_learning_rates_for_each_command(preset, finetune, unlearn):
+    for command, learning_rate in (("finetune", finetune), ("unlearn", unlearn)):
+        found = as_dict(*parse(command, OPTIONS[command], ["--preset", preset, *CPU], "A test."))
+        assert found["learning_rate"] == learning_rate and found["num_train_epochs"] == 5
 
 
 def test_keys_of_presets_are_options_of_some_command():
-    known = {f.name for types in OPTIONS.values() for of in types for f in dataclasses.fields(of)}
+    known = {command: {f.name for of in types for f in dataclasses.fields(of)} for command, types in OPTIONS.items()}
     for preset in preset_names():
-        assert set(_preset(preset)) <= known
+        settings = _preset(preset)
+        sections = {command: settings.pop(command) for command in OPTIONS if command in settings}
+        assert set(settings) <= set().union(*known.values())
+        assert all(set(section) <= known[command] for command, section in sections.items())
 
 
 def test_config_of_a_run_gives_the_same_run_again(workshop, loku, folder, tmp_path, no_plots):

@@ -106,8 +106,9 @@ def parse(command: str, option_types: list[type], argv: list[str], description: 
     asked, _ = parser.parse_known_args(argv)
     values: dict[str, Any] = {}
     if asked.preset is not None:
-        # A preset has settings for every command.
-        values |= {key: value for key, value in _preset(asked.preset).items() if key in known}
+        preset = _preset(asked.preset)
+        # It has settings for every command, and some for one of them under that command's name.
+        values |= {key: value for key, value in (preset | preset.get(command, {})).items() if key in known}
     if asked.config is not None:
         values |= _read_options(Path(asked.config), known)
     asked, _ = parser.parse_known_args(_given(parser, values, known) + argv)
