@@ -123,7 +123,7 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Bench:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     report = config.stash[_report]
-    if not report.measurements:
+    if not (report.measurements or report.targets):
         return
     report.write_tables(terminalreporter.write_line, terminalreporter.section)
     path = config.getoption("bench_json")

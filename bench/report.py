@@ -36,7 +36,7 @@ class Report:
             _write_table(write, workload, list(group))
         section("targets")
         for t in self.targets:
-            found = f"{t['what']}: {t['value']:.2f} ({t['bound']})"
+            found = f"{t['what']}: {t['value']:.3g} ({t['bound']})"
             write(f"{'met   ' if t['met'] else 'missed'} {t['workload']:<58} {found}")
         for line in sorted(self.not_run):
             write(f"not run  {line}")

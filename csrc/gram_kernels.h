@@ -68,7 +68,6 @@ inline void copy_tile(const GramProblem& problem, int64_t row, int64_t column, i
 }
 
 inline void add_gram_panels(const GramProblem& problem, int64_t first, int64_t last, float* out, float* scratch) {
-  const auto least = [](int64_t x, int64_t y) { return x < y ? x : y; };
   const int64_t width = problem.width, tiles = pieces_of(problem.columns, kGramSide);
   const bool by_rows = problem.column_stride == 1;
   const int64_t to_row = by_rows ? kGramSide : 1, to_column = by_rows ? 1 : kGramSide;

@@ -1,8 +1,8 @@
 // The runner-up of a row and the sum of the other exponentials, reading the row from memory once.
 //
-// The row is taken in blocks that stay in the L1 cache. Where a block holds a new runner-up, the sum so far is rescaled
-// and the block's own sum leaves out what equals the runner-up, which is counted; the target is left out by splitting the
-// row around it. No part of the sum is ever taken off again, which is what keeps it exact when it is tiny.
+// The row is taken in blocks, or shorter pieces, that stay in the L1 cache. Where one holds a new runner-up, the sum so
+// far is rescaled and its own sum leaves out what equals the runner-up, which is counted; the target is left out by
+// splitting the row around it. No part of the sum is ever taken off again, which keeps it exact when it is tiny.
 #pragma once
 
 #include "elementary.h"
@@ -35,20 +35,20 @@ int64_t find(const T* z, int64_t n, float value) {
 }
 
 // Where exponentials go: nowhere, to a row of floats, or over the logits that they come from. each() calls
-// exponential(vector, accumulator number) over z[0, n), whose columns begin at `first` of the row.
+// exponential(vector, accumulator number) over z[begin, end).
 struct Discard {
   template <class T, class Exponential>
-  LOKU_INLINE void each(const T* z, int64_t, int64_t n, Exponential exponential) const {
-    sweep_in_any_order(z, n, [&](Vector x, int k) LOKU_LAMBDA { exponential(x, k); });
+  LOKU_INLINE void each(const T* z, int64_t begin, int64_t end, Exponential exponential) const {
+    sweep_in_any_order(z + begin, end - begin, [&](Vector x, int k) LOKU_LAMBDA { exponential(x, k); });
   }
 };
 
 struct Keep {
   float* row;
   template <class T, class Exponential>
-  LOKU_INLINE void each(const T* z, int64_t first, int64_t n, Exponential exponential) const {
-    sweep(z, n, [&](int64_t i, Vector x, int lanes, int k) LOKU_LAMBDA {
-      store_lanes(row + first + i, lanes, exponential(x, k));
+  LOKU_INLINE void each(const T* z, int64_t begin, int64_t end, Exponential exponential) const {
+    sweep(z + begin, end - begin, [&](int64_t i, Vector x, int lanes, int k) LOKU_LAMBDA {
+      store_lanes(row + begin + i, lanes, exponential(x, k));
     });
   }
 };
@@ -64,7 +64,7 @@ template <class T, class Sink>
 LOKU_INLINE Sums sum_exponentials(const T* z, int64_t begin, int64_t end, float reference, Sink sink) {
   const Vector top = broadcast(reference);
   Sums sums;
-  sink.each(z + begin, begin, end - begin, [&](Vector x, int k) LOKU_LAMBDA {
+  sink.each(z, begin, end, [&](Vector x, int k) LOKU_LAMBDA {
     const Vector below = top - x;
     const Vector e = exponential_of_minus(below);
     sums.signs = bits_of_either(sums.signs, below);
@@ -79,7 +79,7 @@ template <class T, class Sink>
 float sum_of_others(const T* z, int64_t begin, int64_t end, float top_value, Sink sink) {
   const Vector top = broadcast(top_value), zero = broadcast(0.0f), one = broadcast(1.0f);
   Vector sum[2] = {zero, zero}, ties = zero;
-  sink.each(z + begin, begin, end - begin, [&](Vector x, int k) LOKU_LAMBDA {
+  sink.each(z, begin, end, [&](Vector x, int k) LOKU_LAMBDA {
     const Mask is_top = equal(x, top);
     const Vector e = exponential_of_minus(top - x);
     sum[k % 2] = sum[k % 2] + select(is_top, zero, e);
@@ -119,7 +119,7 @@ template <class T>
 int64_t take_pieces(const T* z, int64_t begin, int64_t end, RunnerUp& best) {
   bool exceeded = false;
   while (!exceeded && end - begin >= kPiece) {
-    const int64_t stop = end - begin < kPiecesInASum * kPiece ? end : begin + kPiecesInASum * kPiece;
+    const int64_t stop = least(end, begin + kPiecesInASum * kPiece);
     Sums total;
     for (; stop - begin >= kPiece; begin += kPiece) {
       const Sums piece = sum_exponentials(z, begin, begin + kPiece, best.value, Discard{});
@@ -132,15 +132,20 @@ int64_t take_pieces(const T* z, int64_t begin, int64_t end, RunnerUp& best) {
   return begin;
 }
 
+// Calls visit(begin, end) for the columns before and after the target.
+template <class Visit>
+LOKU_INLINE void on_both_sides(int64_t columns, int64_t target, Visit visit) {
+  visit(0, target);
+  visit(target + 1, columns);
+}
+
 // Calls visit(number, begin, end) for the row's blocks, which leave the target out.
 template <class Visit>
 LOKU_INLINE void for_each_block(int64_t columns, int64_t target, Visit visit) {
   int64_t number = 0;
-  const auto segment = [&](int64_t begin, int64_t end) LOKU_LAMBDA {
-    for (; begin < end; begin += kBlock) visit(number++, begin, end - begin < kBlock ? end : begin + kBlock);
-  };
-  segment(0, target);
-  segment(target + 1, columns);
+  on_both_sides(columns, target, [&](int64_t begin, int64_t end) LOKU_LAMBDA {
+    for (; begin < end; begin += kBlock) visit(number++, begin, least(end, begin + kBlock));
+  });
 }
 
 LOKU_INLINE int64_t most_blocks(int64_t columns) { return columns / kBlock + 2; }
@@ -148,16 +153,14 @@ LOKU_INLINE int64_t most_blocks(int64_t columns) { return columns / kBlock + 2; 
 template <class T>
 RunnerUp row_statistics(const T* z, int64_t columns, int64_t target) {
   RunnerUp best(columns, target);
-  const auto segment = [&](int64_t begin, int64_t end) LOKU_LAMBDA {
+  on_both_sides(columns, target, [&](int64_t begin, int64_t end) LOKU_LAMBDA {
     while (begin < end) {
       if (best.value > -INFINITY) begin = take_pieces(z, begin, end, best);
-      const int64_t stop = end - begin < kPiece ? end : begin + kPiece;
+      const int64_t stop = least(end, begin + kPiece);
       if (begin < stop) take_block(z, begin, stop, best, Discard{});
       begin = stop;
     }
-  };
-  segment(0, target);
-  segment(target + 1, columns);
+  });
   return best;
 }
 

@@ -12,21 +12,26 @@ constexpr int kUnroll = 4;
 // row. Of 0 to 16 KiB, 4 KiB measured best.
 constexpr int64_t kAhead = 4096;
 
-// Two vectors from p[0, 2 kWidth), in whatever order is cheapest. Beside this, simd_*.h have one for bfloat16.
 template <class T>
-LOKU_INLINE void load_in_any_order(const T* p, Vector& a, Vector& b) {
+LOKU_INLINE void load_two(const T* p, Vector& a, Vector& b) {
   a = load(p);
   b = load(p + kWidth);
 }
 
-template <class T, class LoadTwo, class Step>
-LOKU_INLINE void sweep_by(LoadTwo load_two, const T* p, int64_t n, Step step) {
+// The same elements in whatever order is cheapest. Beside this, simd_*.h have one for bfloat16.
+template <class T>
+LOKU_INLINE void load_in_any_order(const T* p, Vector& a, Vector& b) {
+  load_two(p, a, b);
+}
+
+template <class T, class Load, class Step>
+LOKU_INLINE void sweep_by(Load load_pair, const T* p, int64_t n, Step step) {
   int64_t i = 0;
   for (; i + kUnroll * kWidth <= n; i += kUnroll * kWidth) {
 #pragma GCC unroll 2
     for (int k = 0; k < kUnroll; k += 2) {
       Vector x[2];
-      load_two(p + i + k * kWidth, x[0], x[1]);
+      load_pair(p + i + k * kWidth, x[0], x[1]);
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
         const int64_t here = (k + j) * kWidth;
@@ -42,7 +47,7 @@ LOKU_INLINE void sweep_by(LoadTwo load_two, const T* p, int64_t n, Step step) {
 // Calls step(position, vector, lane count, accumulator number) over p[0, n); lanes past the end hold -inf.
 template <class T, class Step>
 LOKU_INLINE void sweep(const T* p, int64_t n, Step step) {
-  sweep_by([](const T* here, Vector& a, Vector& b) LOKU_LAMBDA { a = load(here), b = load(here + kWidth); }, p, n, step);
+  sweep_by([](const T* here, Vector& a, Vector& b) LOKU_LAMBDA { load_two(here, a, b); }, p, n, step);
 }
 
 // Calls step(vector, accumulator number) over p[0, n) in whatever order is cheapest to load; the last lanes hold -inf.

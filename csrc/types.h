@@ -12,6 +12,8 @@ namespace loku {
 
 // How many pieces cover `size`, the last one perhaps in part.
 LOKU_INLINE int64_t pieces_of(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+// std::min would be an inline function that the linker takes from any one of the instruction sets' object files.
+LOKU_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 
 struct BFloat16 {
   uint16_t bits;

@@ -58,8 +58,10 @@ class BlockKrylov:
         self._extend_projected(coefficients.to("cpu", torch.float64))
         self._outside = outside.cpu()
         # Eigenvectors cost twice as much as the values alone, so they are formed only where they may be asked for.
-        find = torch.linalg.eigh if self._is_near else lambda matrix: (torch.linalg.eigvalsh(matrix), None)
-        values, self._vectors = find(self.projected)
+        if self._is_near:
+            values, self._vectors = torch.linalg.eigh(self.projected)
+        else:
+            values, self._vectors = torch.linalg.eigvalsh(self.projected), None
         self.energies.append(float(values[-self.rank :].sum()))
 
     def leading(self, missing: float) -> Tensor | None:

@@ -206,10 +206,10 @@ def test_nan_logits_reach_the_loss(backend, device, dtype, column):
     logits, labels = random_problem(6, 5000, dtype, device)
     labels = labels.clamp(min=0)
     logits[0, labels[0]] = NAN
-    logits[3, column] = NAN
-    logits[3, column - 1] = 50.0  # a new maximum beside it
+    logits[3:5, column] = NAN
+    logits[4, column - 1] = 50.0  # a new maximum beside it
     loss = lk.fused_ihl(logits, labels, reduction="none")
-    assert loss.isnan().tolist() == [True, False, False, True, False, False]
+    assert loss.isnan().tolist() == [True, False, False, True, True, False]
 
 
 def test_everything_ignored(backend, device):

@@ -44,6 +44,7 @@ OPTIONS = {
     "evaluate": [ModelOptions, DataOptions, EvaluateRun],
 }
 CPU = ["--use_cpu", "--output_dir", "somewhere"]
+RANKS = {"tofu": 32, "tdec": 16}
 
 
 @dataclass
@@ -135,7 +136,7 @@ def test_presets_parse_for_every_command(command, preset):
     found = as_dict(*parse(command, OPTIONS[command], ["--preset", preset, *words], "A test."))
     assert found["model"].count("/") == 1
     if command == "unlearn":
-        assert found["method"] == "loku" and found["rank"] in (16, 32) and found["bf16"]
+        assert found["method"] == "loku" and found["rank"] == RANKS[found["benchmark"]] and found["bf16"]
 
 
 @pytest.mark.parametrize(("preset", "finetune", "unlearn"), [("llama2-7b", 1e-5, 1e-4), ("phi-1.5b", 2e-5, 2e-4)])
