@@ -1,8 +1,8 @@
 // The runner-up of a row and the sum of the other exponentials, reading the row from memory once.
 //
-// The row is taken in blocks, or shorter pieces, that stay in the L1 cache. Where one holds a new runner-up, the sum so
-// far is rescaled and its own sum leaves out what equals the runner-up, which is counted; the target is left out by
-// splitting the row around it. No part of the sum is ever taken off again, which keeps it exact when it is tiny.
+// The row is taken in pieces, or blocks, that stay in the L1 cache. A new runner-up rescales the sum so far; the piece
+// that holds the runner-up is summed without it, counting what equals it; the target is left out by splitting the row
+// around it. No part of the sum is ever taken off again, which keeps it exact when it is tiny.
 #pragma once
 
 #include "elementary.h"
@@ -11,7 +11,7 @@
 namespace loku::LOKU_ISA {
 
 constexpr int64_t kBlock = 1024;  // columns
-// Columns between two looks for a new runner-up, which costs a piece that is summed in vain and summed again.
+// Columns between two looks for a new runner-up.
 constexpr int64_t kPiece = 8 * kUnroll * kWidth;
 constexpr int64_t kPiecesInASum = 4;  // in float32, before it goes to float64
 
@@ -53,25 +53,41 @@ struct Keep {
   }
 };
 
-// Sums of exp(z - top), and the signs of top - z: set where some z is larger than `top`.
+// A sum, in parts that do not wait for each other.
 struct Sums {
-  Vector sum[kUnroll] = {}, signs = {};
+  Vector sum[kUnroll] = {};
 
+  LOKU_INLINE void add(const Sums& other) {
+    for (int k = 0; k < kUnroll; ++k) sum[k] = sum[k] + other.sum[k];
+  }
   LOKU_INLINE float total() const { return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3])); }
 };
 
+// The sum of exp(z - reference), where no z is much larger than `reference`.
 template <class T, class Sink>
-LOKU_INLINE Sums sum_exponentials(const T* z, int64_t begin, int64_t end, float reference, Sink sink) {
+LOKU_INLINE float sum_exponentials(const T* z, int64_t begin, int64_t end, float reference, Sink sink) {
   const Vector top = broadcast(reference);
   Sums sums;
   sink.each(z, begin, end, [&](Vector x, int k) LOKU_LAMBDA {
-    const Vector below = top - x;
-    const Vector e = exponential_of_minus(below);
-    sums.signs = bits_of_either(sums.signs, below);
+    const Vector e = exponential_of_minus(top - x);
     sums.sum[k] = sums.sum[k] + e;
     return e;
   });
-  return sums;
+  return sums.total();
+}
+
+// Sums of exp(z - reference) over a piece. False where some z is larger than `reference`, and the sums are useless.
+template <class T>
+LOKU_INLINE bool sum_piece(const T* piece, float reference, Sums& sums) {
+  const Vector top = broadcast(reference);
+  Vector signs = broadcast(0.0f);
+  sweep_pairs_in_any_order(piece, kPiece, [&](Vector x, Vector y, int k) LOKU_LAMBDA {
+    const Vector below_x = top - x, below_y = top - y;
+    signs = bits_of_any(signs, below_x, below_y);
+    sums.sum[k] = sums.sum[k] + exponential_of_minus(below_x);
+    sums.sum[k + 1] = sums.sum[k + 1] + exponential_of_minus(below_y);
+  });
+  return !any_negative(signs);
 }
 
 // The sum of exp(z - top) over a block whose largest z is `top`, without one of those that are equal to it.
@@ -105,7 +121,7 @@ template <class T, class Sink>
 LOKU_INLINE void take_block(const T* z, int64_t begin, int64_t end, RunnerUp& best, Sink sink) {
   const float top = maximum(z + begin, end - begin);
   if (!(top > best.value)) {
-    best.rest += sum_exponentials(z, begin, end, finite_reference(best.value), sink).total();
+    best.rest += sum_exponentials(z, begin, end, finite_reference(best.value), sink);
     return;
   }
   best.rest = (best.rest + 1.0) * std::exp(static_cast<double>(best.value) - top);
@@ -114,21 +130,50 @@ LOKU_INLINE void take_block(const T* z, int64_t begin, int64_t end, RunnerUp& be
   best.rest += sum_of_others(z, begin, end, top, sink);
 }
 
-// Takes in whole pieces from `begin` on, and returns where the first one begins that may hold a new runner-up.
+// What row_statistics() knows of the columns seen so far. The piece that holds the runner-up stays apart, to be summed
+// again without it when the row is done: a new runner-up then costs little more than finding it.
+struct Search {
+  float value = -INFINITY;
+  int64_t begin = 0, end = 0;     // of the piece that holds it
+  double rest = 0.0, held = 0.0;  // sums of exp(z - value) over the other pieces, and over this one
+};
+
+// Takes in a piece that may hold a new runner-up. `sum` is that of exp(z - finite_reference(best.value)).
 template <class T>
-int64_t take_pieces(const T* z, int64_t begin, int64_t end, RunnerUp& best) {
-  bool exceeded = false;
-  while (!exceeded && end - begin >= kPiece) {
-    const int64_t stop = least(end, begin + kPiecesInASum * kPiece);
-    Sums total;
-    for (; stop - begin >= kPiece; begin += kPiece) {
-      const Sums piece = sum_exponentials(z, begin, begin + kPiece, best.value, Discard{});
-      exceeded = any_negative(piece.signs);
-      if (exceeded) break;
-      for (int k = 0; k < kUnroll; ++k) total.sum[k] = total.sum[k] + piece.sum[k];
-    }
-    best.rest += total.total();
+void take_piece(const T* z, int64_t begin, int64_t end, double sum, Search& best) {
+  constexpr float kNear = 32.0f;  // as far above its reference as a float's exponential may be summed
+  const float top = maximum(z + begin, end - begin);
+  if (!(top > best.value)) {
+    best.rest += sum;
+    return;
   }
+  const double shrink = std::exp(static_cast<double>(best.value) - top);
+  const double rest = (best.rest + best.held) * shrink;
+  const bool near = top - best.value < kNear;
+  best = {top, begin, end, rest, near ? sum * shrink : sum_exponentials(z, begin, end, top, Discard{})};
+}
+
+// Takes in whole pieces, and returns where the rest of [begin, end) begins.
+template <class T>
+int64_t take_pieces(const T* z, int64_t begin, int64_t end, Search& best) {
+  Sums sums;
+  int64_t summed = 0;
+  const auto flush = [&]() LOKU_LAMBDA {
+    best.rest += sums.total();
+    sums = Sums();
+    summed = 0;
+  };
+  for (; end - begin >= kPiece; begin += kPiece) {
+    Sums piece;
+    if (sum_piece(z + begin, finite_reference(best.value), piece) && best.value > -INFINITY) {
+      sums.add(piece);
+      if (++summed == kPiecesInASum) flush();
+    } else {
+      flush();
+      take_piece(z, begin, begin + kPiece, piece.total(), best);
+    }
+  }
+  flush();
   return begin;
 }
 
@@ -152,16 +197,20 @@ LOKU_INLINE int64_t most_blocks(int64_t columns) { return columns / kBlock + 2; 
 
 template <class T>
 RunnerUp row_statistics(const T* z, int64_t columns, int64_t target) {
-  RunnerUp best(columns, target);
+  Search best;
   on_both_sides(columns, target, [&](int64_t begin, int64_t end) LOKU_LAMBDA {
-    while (begin < end) {
-      if (best.value > -INFINITY) begin = take_pieces(z, begin, end, best);
-      const int64_t stop = least(end, begin + kPiece);
-      if (begin < stop) take_block(z, begin, stop, best, Discard{});
-      begin = stop;
-    }
+    begin = take_pieces(z, begin, end, best);
+    if (begin == end) return;
+    take_piece(z, begin, end, sum_exponentials(z, begin, end, finite_reference(best.value), Discard{}), best);
   });
-  return best;
+  RunnerUp result(columns, target);
+  result.rest = best.rest;
+  if (best.value > -INFINITY) {
+    result.value = best.value;
+    result.index = best.begin + find(z + best.begin, best.end - best.begin, best.value);
+    result.rest += sum_of_others(z, best.begin, best.end, best.value, Discard{});
+  }
+  return result;
 }
 
 }  // namespace loku::LOKU_ISA

@@ -52,7 +52,7 @@ LOKU_INLINE void finish_streaming() { _mm_sfence(); }
 LOKU_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 LOKU_INLINE Vector larger(Vector x, Vector y) { return _mm256_max_ps(x, y); }
 LOKU_INLINE Vector smaller(Vector x, Vector y) { return _mm256_min_ps(x, y); }
-LOKU_INLINE Vector bits_of_either(Vector x, Vector y) { return _mm256_or_ps(x, y); }
+LOKU_INLINE Vector bits_of_any(Vector x, Vector y, Vector z) { return _mm256_or_ps(_mm256_or_ps(x, y), z); }
 LOKU_INLINE bool any_negative(Vector x) { return _mm256_movemask_ps(x) != 0; }
 LOKU_INLINE Vector absolute(Vector x) { return _mm256_andnot_ps(broadcast(-0.0f), x); }
 LOKU_INLINE Vector copy_sign(Vector magnitude, Vector sign) {

@@ -74,7 +74,11 @@ LOKU_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fm
 // The larger, or smaller, of x and y; y where either is NaN.
 LOKU_INLINE Vector larger(Vector x, Vector y) { return _mm512_max_ps(x, y); }
 LOKU_INLINE Vector smaller(Vector x, Vector y) { return _mm512_min_ps(x, y); }
-LOKU_INLINE Vector bits_of_either(Vector x, Vector y) { return _mm512_or_ps(x, y); }
+LOKU_INLINE Vector bits_of_any(Vector x, Vector y, Vector z) {
+  constexpr int kOr = 0xfe;
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y), _mm512_castps_si512(z), kOr));
+}
 LOKU_INLINE bool any_negative(Vector x) { return _mm512_movepi32_mask(_mm512_castps_si512(x)) != 0; }
 LOKU_INLINE float sum_of(Vector x) { return _mm512_reduce_add_ps(x); }
 LOKU_INLINE float largest(Vector x) { return _mm512_reduce_max_ps(x); }

@@ -201,6 +201,27 @@ def test_very_large_logits(backend, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_runner_ups_on_the_way(backend, device, dtype):
+    columns = torch.arange(5000, device=device)
+    rows = [
+        columns / 50,  # a new one in every vector
+        columns // 700 * 10.0,
+        columns // 700 * 100.0,  # what came before is nothing beside it
+        torch.where(columns < 4000, -INF, 95.0 + columns % 7 / 4),
+        torch.where(columns < 4000, -200.0, columns % 7 / 4),
+        -columns / 50,
+    ]
+    logits = torch.stack(rows).to(dtype)
+    labels = torch.tensor([4990, 4999, 0, 4500, 4999, 1], device=device)
+    ones = torch.ones(len(rows), device=device)
+    ours = loss_and_gradient(lambda z: lk.fused_cross_entropy(z, labels, reduction="none"), logits, ones)
+    truth = loss_and_gradient(lambda z: eager_cross_entropy(z, labels), logits.double(), ones)
+    torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-6, atol=0)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours[1].double(), truth[1], rtol=tolerance, atol=tolerance * 1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("column", [5, 300, 4321, 4999])
 def test_nan_logits_reach_the_loss(backend, device, dtype, column):
     logits, labels = random_problem(6, 5000, dtype, device)
@@ -208,8 +229,11 @@ def test_nan_logits_reach_the_loss(backend, device, dtype, column):
     logits[0, labels[0]] = NAN
     logits[3:5, column] = NAN
     logits[4, column - 1] = 50.0  # a new maximum beside it
+    labels[5] = 1
+    logits[5, 2:] = -INF
+    logits[5, [0, column]] = torch.tensor([-INF, NAN], dtype=dtype, device=device)
     loss = lk.fused_ihl(logits, labels, reduction="none")
-    assert loss.isnan().tolist() == [True, False, False, True, True, False]
+    assert loss.isnan().tolist() == [True, False, False, True, True, True]
 
 
 def test_everything_ignored(backend, device):
