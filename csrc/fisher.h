@@ -29,10 +29,10 @@ struct FisherPiece {
   bool opens, closes;  // the sequence
 };
 
-// A block's operands for one chunk of tokens and its partial sums, in the L2 cache of a current processor.
-constexpr int64_t kFisherRows = 256, kFisherColumns = 384, kFisherSteps = 224, kFisherPadding = 4;
+// A block's operands for one chunk of tokens, in the L2 cache of a current processor, and its partial sums.
+constexpr int64_t kFisherRows = 256, kFisherColumns = 768, kFisherSteps = 224, kFisherPadding = 4;
 
-struct alignas(64) FisherScratch {  // 1.0 MiB
+struct alignas(64) FisherScratch {  // 1.7 MiB
   float grad_outputs[kFisherRows * (kFisherSteps + kFisherPadding)];
   float inputs[kFisherColumns * (kFisherSteps + kFisherPadding)];
   float partial_sums[kFisherRows * kFisherColumns];

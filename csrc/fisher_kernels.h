@@ -8,10 +8,11 @@
 //
 // What is added up for an element of F, and in which order, depends neither on the block nor on the thread.
 //
-// Bytes that cross memory: F twice; inputs out / 256 times and grad_outputs in / 384 times, mostly from the L3 cache.
+// Bytes that cross memory, mostly from the L3 cache: F twice a chunk; inputs out / 256 times, grad_outputs in / 768 times.
 #pragma once
 
 #include "fisher.h"
+#include "sweep.h"
 
 namespace loku::LOKU_ISA {
 
@@ -226,17 +227,12 @@ void fisher_accumulate(const FisherProblem& problem, const FisherBlock& block, F
 
 template <class T>
 void fisher_accumulate_grad(float* fisher, const void* grad, float scale, int64_t count) {
-  const T* g = static_cast<const T*>(grad);
   const Vector factor = broadcast(scale);
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    const Vector x = load(g + i);
-    store(fisher + i, multiply_add(factor, x * x, load(fisher + i)));
-  }
-  if (const int64_t rest = count - i; rest > 0) {
-    const Vector x = load_first(g + i, rest, 0.0f);
-    store_first(fisher + i, rest, multiply_add(factor, x * x, load_first(fisher + i, rest, 0.0f)));
-  }
+  const T* g = static_cast<const T*>(grad);
+  sweep(g, count, [&](int64_t i, Vector x, int lanes, int) LOKU_LAMBDA {
+    if (i % (kUnroll * kWidth) == 0) prefetch(fisher + i, kUnroll * kWidth * sizeof(float));
+    store_lanes(fisher + i, lanes, multiply_add(factor, x * x, load_lanes(fisher + i, lanes)));
+  });
 }
 
 template <class T>

@@ -99,14 +99,13 @@ void fisher_accumulate_grad_(Tensor fisher, Tensor grad, double scale, int64_t i
                   "fisher must be float32, contiguous");
   STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == fisher.numel(),
                   "grad must be contiguous and of fisher's shape");
-  constexpr int64_t kPiece = 32768;
+  constexpr int64_t kLeastWork = 32768;  // elements
   const Element element = element_of(grad);
   const auto accumulate = LOKU_KERNELS(instruction_set, fisher_kernels).of[element].accumulate_grad;
-  const int64_t count = fisher.numel();
   float* f = static_cast<float*>(fisher.data_ptr());
   const char* g = static_cast<const char*>(grad.data_ptr());
-  share_rows(pieces_of(count, kPiece), kPiece, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * kPiece, end = std::min(last * kPiece, count);
+  // A thread gets the same part each time, some of which its own cache may still hold.
+  torch::stable::parallel_for(0, fisher.numel(), kLeastWork, [&](int64_t begin, int64_t end) {
     accumulate(f + begin, g + begin * (element == kFloat ? 4 : 2), static_cast<float>(scale), end - begin);
   });
 }

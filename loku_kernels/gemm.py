@@ -6,17 +6,17 @@ but for inputs @ weight^T: 160 x 768 x 50257 took 185 ms on a Zen 3, and oneDNN 
 run time: results must not hang on the load.
 
 Where a processor has no instructions for a 16-bit type, torch's own loops multiply it at 0.4 to 20 GFLOP/s, and at 100
-in float32 (Zen 3, 2 cores). The operands are therefore widened, a block at a time.
+in float32 (Zen 3, 2 cores). The operands are therefore widened, a block at a time; also where it has slow ones.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from loku_kernels import processor
 
 # oneDNN lays its operands out anew for every product, which only products with some height repay: 4096 x 4096 times
 # 32 columns takes 2.7 ms against MKL's 7.5.
@@ -24,6 +24,8 @@ _ONEDNN_MIN_SIDE = 16
 # From so many rows on, MKL takes 0.87 to 1 times as long for the transpose of a product, and is as accurate; with fewer
 # rows its error is ten times as large.
 _TRANSPOSE_MIN_ROWS = 16
+# Widening costs as much as slow bfloat16 products of so many rows.
+_WIDENED_MIN_ROWS = 64
 # Floats in the widened blocks of one step: small beside a chunk of logits, large enough for the product's full speed.
 _WIDENED_ELEMENTS = 4 << 20
 
@@ -32,7 +34,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """inputs (N, D) @ weight (V, D)^T + bias (V,) -> (N, V)."""
     if is_widened(inputs):
         return _linear_in_float32(inputs, weight, bias)
-    if _is_amd() and _onednn_serves(inputs, weight):
+    if processor.is_amd() and _onednn_serves(inputs, weight):
         return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return torch.nn.functional.linear(inputs, weight, bias)
 
@@ -41,7 +43,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     """a (N, K) @ b (K, M) -> (N, M)."""
     if is_widened(a):
         return _mm_in_float32(a, b)
-    if a.device.type == "cpu" and not _has_avx512() and len(a) >= _TRANSPOSE_MIN_ROWS:
+    if a.device.type == "cpu" and not processor.has_avx512() and len(a) >= _TRANSPOSE_MIN_ROWS:
         return torch.mm(b.t(), a.t()).t()
     return linear(a, b.t())
 
@@ -59,8 +61,11 @@ def add_outer_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def is_widened(a: Tensor) -> bool:
-    """Whether products of ``a`` are formed in float32 because the processor has none of its dtype."""
-    return a.device.type == "cpu" and a.dtype in (torch.bfloat16, torch.float16) and not _multiplies(a.dtype)
+    """Whether products a @ b are formed in float32 because the processor has none of a's dtype, or slow ones."""
+    if a.device.type != "cpu" or a.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    slow = a.dtype == torch.bfloat16 and processor.has_slow_bfloat16() and len(a) >= _WIDENED_MIN_ROWS
+    return slow or not processor.multiplies(a.dtype)
 
 
 def _linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,18 +88,6 @@ def _blocks(length: int, elements: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, length, step))
 
 
-@functools.cache
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of this 16-bit type on this processor."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    is_supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return is_supported[dtype]()
-
-
 def _onednn_serves(a: Tensor, b: Tensor) -> bool:
     return (
         a.dtype == b.dtype == torch.float32
@@ -103,13 +96,3 @@ def _onednn_serves(a: Tensor, b: Tensor) -> bool:
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
     )
-
-
-@functools.cache
-def _is_amd() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(errors="replace")
-
-
-def _has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")

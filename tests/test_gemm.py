@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loku_kernels import gemm
+from loku_kernels import gemm, processor
 
 
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (64, 64, 64), (100, 70, 130), (0, 64, 64)])
 def test_float32_products_keep_float32_accuracy(monkeypatch, onednn, shape):
     """oneDNN's route, forced on and off, on contiguous and transposed operands."""
-    monkeypatch.setattr(gemm, "_is_amd", lambda: onednn)
-    monkeypatch.setattr(gemm, "_has_avx512", lambda: onednn)
+    monkeypatch.setattr(processor, "is_amd", lambda: onednn)
+    monkeypatch.setattr(processor, "has_avx512", lambda: onednn)
     n, k, m = shape
     a, b, bias = torch.randn(n, k), torch.randn(k, m), torch.randn(m)
     truth = a.double() @ b.double()
@@ -29,7 +29,7 @@ def test_float32_products_keep_float32_accuracy(monkeypatch, onednn, shape):
 @pytest.mark.parametrize("shape", [(3, 50, 7), (64, 64, 64), (0, 64, 64), (5, 300, 1)])
 def test_widened_products_round_once(monkeypatch, dtype, shape, elements):
     """On processors without instructions for a 16-bit type: sums in float32, whatever the blocks."""
-    monkeypatch.setattr(gemm, "_multiplies", lambda dtype: False)
+    monkeypatch.setattr(processor, "multiplies", lambda dtype: False)
     monkeypatch.setattr(gemm, "_WIDENED_ELEMENTS", elements)
     n, k, m = shape
     a, b, bias = (torch.randn(size).to(dtype) for size in ((n, k), (k, m), (m,)))

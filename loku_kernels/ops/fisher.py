@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from loku_kernels.backends import reference_fisher, select
+from loku_kernels.ops._operator import operator_on
 
 
-@torch.library.custom_op("loku_kernels::fisher_accumulate", mutates_args=("fisher",))
+@operator_on("fisher")
 def fisher_accumulate(fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, offsets: Tensor, weights: Tensor) -> None:
     """fisher (out, in) += sum over s of weights[s] * (grad_outputs[s]^T inputs[s])^2, s = rows offsets[s]:offsets[s+1].
 
@@ -25,18 +26,18 @@ def fisher_accumulate(fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, offs
     )
 
 
-@fisher_accumulate.register_fake
+@torch.library.register_fake(fisher_accumulate.name())
 def _(fisher, inputs, grad_outputs, offsets, weights):
     return None
 
 
-@torch.library.custom_op("loku_kernels::fisher_accumulate_grad", mutates_args=("fisher",))
+@operator_on("fisher")
 def fisher_accumulate_grad(fisher: Tensor, grad: Tensor, scale: float) -> None:
     """fisher += scale * grad^2, elementwise."""
     _backend(grad).fisher_accumulate_grad(fisher, grad.contiguous(), scale)
 
 
-@fisher_accumulate_grad.register_fake
+@torch.library.register_fake(fisher_accumulate_grad.name())
 def _(fisher, grad, scale):
     return None
 

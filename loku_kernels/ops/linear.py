@@ -16,6 +16,7 @@ from torch import Tensor
 from loku_kernels import gemm, launch
 from loku_kernels.backends import formulas, select
 from loku_kernels.backends.reference import compute_dtype
+from loku_kernels.ops._operator import operator, refuse_gradient
 from loku_kernels.ops.logits import check_labels, empty_table, split_statistics, statistics_coefficients
 
 _Rows = slice | Tensor
@@ -42,7 +43,7 @@ class _Gradients:
             self.bias += grad_logits.sum(dim=0, dtype=self.bias.dtype)
 
 
-@torch.library.custom_op("loku_kernels::linear_unlearning_loss", mutates_args=())
+@operator
 def linear_unlearning_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -81,7 +82,7 @@ def linear_unlearning_loss(
     return loss.sum(), loss, table, index, gradients.hidden, gradients.weight, gradients.bias
 
 
-@linear_unlearning_loss.register_fake
+@torch.library.register_fake(linear_unlearning_loss.name())
 def _(hidden, weight, bias, labels, ihl_weight, ce_weight, rows, ignore_index, scale, softcap, chunk_bytes, *needed):
     table, index = empty_table(hidden, labels)
     gradients = _Gradients(hidden, weight, needed)
@@ -126,10 +127,10 @@ def _backward_loss(ctx: Any, grad_total: Tensor | None, grad_loss: Tensor | None
     return _in_dtype_of((hidden, weight, bias), gradients, needed)
 
 
-linear_unlearning_loss.register_autograd(_backward_loss, setup_context=_save_loss)
+torch.library.register_autograd(linear_unlearning_loss.name(), _backward_loss, setup_context=_save_loss)
 
 
-@torch.library.custom_op("loku_kernels::linear_target_statistics", mutates_args=())
+@operator
 def linear_target_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -150,7 +151,7 @@ def linear_target_statistics(
     return *split_statistics(table, index), index, table
 
 
-@linear_target_statistics.register_fake
+@torch.library.register_fake(linear_target_statistics.name())
 def _(hidden, weight, bias, labels, rows, ignore_index, scale, softcap, chunk_bytes):
     table, index = empty_table(hidden, labels)
     return table.new_empty(labels.shape), table.new_empty(labels.shape), table.new_empty(labels.shape), index, table
@@ -172,10 +173,10 @@ def _backward_statistics(ctx: Any, grad_target: Tensor, grad_runner_up: Tensor, 
     return _in_dtype_of((hidden, weight, bias), gradients, needed)[:9]
 
 
-linear_target_statistics.register_autograd(_backward_statistics, setup_context=_save_statistics)
+torch.library.register_autograd(linear_target_statistics.name(), _backward_statistics, setup_context=_save_statistics)
 
 
-@torch.library.custom_op("loku_kernels::linear_gradients", mutates_args=())
+@operator
 def linear_gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -215,7 +216,7 @@ def linear_gradients(
     return gradients.hidden, gradients.weight, gradients.bias
 
 
-@linear_gradients.register_fake
+@torch.library.register_fake(linear_gradients.name())
 def _(
     hidden,
     weight,
@@ -233,6 +234,9 @@ def _(
 ):
     gradients = _Gradients(hidden, weight, needed)
     return gradients.hidden, gradients.weight, gradients.bias
+
+
+refuse_gradient(linear_gradients)
 
 
 def _ignored_table(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

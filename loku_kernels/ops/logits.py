@@ -10,9 +10,10 @@ from torch import Tensor
 from loku_kernels import memory
 from loku_kernels.backends import formulas, select
 from loku_kernels.backends.reference import compute_dtype
+from loku_kernels.ops._operator import operator, operator_on, refuse_gradient
 
 
-@torch.library.custom_op("loku_kernels::unlearning_loss", mutates_args=())
+@operator
 def unlearning_loss(
     logits: Tensor,
     labels: Tensor,
@@ -40,7 +41,7 @@ def unlearning_loss(
     return rows[formulas.LOSS].clone(), rows, index
 
 
-@unlearning_loss.register_fake
+@torch.library.register_fake(unlearning_loss.name())
 def _(logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap, inplace):
     return labels.new_empty(labels.shape, dtype=compute_dtype(logits.dtype)), *empty_table(logits, labels)
 
@@ -64,10 +65,10 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | 
     return gradient, *[None] * 7
 
 
-unlearning_loss.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(unlearning_loss.name(), _backward, setup_context=_save)
 
 
-@torch.library.custom_op("loku_kernels::target_statistics", mutates_args=())
+@operator
 def target_statistics(
     logits: Tensor, labels: Tensor, ignore_index: int, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -80,7 +81,7 @@ def target_statistics(
     return *split_statistics(rows, index), index, rows
 
 
-@target_statistics.register_fake
+@torch.library.register_fake(target_statistics.name())
 def _(logits, labels, ignore_index, scale, softcap):
     rows, index = empty_table(logits, labels)
     return rows.new_empty(labels.shape), rows.new_empty(labels.shape), rows.new_empty(labels.shape), index, rows
@@ -103,10 +104,10 @@ def _backward_statistics(
     return gradient, None, None, None, None
 
 
-target_statistics.register_autograd(_backward_statistics, setup_context=_save_statistics)
+torch.library.register_autograd(target_statistics.name(), _backward_statistics, setup_context=_save_statistics)
 
 
-@torch.library.custom_op("loku_kernels::row_gradient", mutates_args=())
+@operator
 def row_gradient(
     logits: Tensor,
     labels: Tensor,
@@ -133,12 +134,15 @@ def row_gradient(
     return out
 
 
-@row_gradient.register_fake
+@torch.library.register_fake(row_gradient.name())
 def _(logits, labels, index, coefficients, upstream, ignore_index, scale, softcap):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@torch.library.custom_op("loku_kernels::row_gradient_", mutates_args=("logits",))
+refuse_gradient(row_gradient)
+
+
+@operator_on("logits")
 def row_gradient_(
     logits: Tensor,
     labels: Tensor,
@@ -163,7 +167,7 @@ def row_gradient_(
     )
 
 
-@row_gradient_.register_fake
+@torch.library.register_fake(row_gradient_.name())
 def _(logits, labels, index, coefficients, upstream, ignore_index, scale, softcap):
     return None
 
