@@ -1,9 +1,10 @@
-"""Gradient buffers on the CPU that outlive a training step.
+"""Large buffers on the CPU that outlive a training step.
 
 A fresh 200 MB tensor costs 45 ms of page faults, several times what the kernel that fills it takes, because the C
 library returns such blocks to the system as soon as they are freed. The gradient of the logits is such a tensor on
-every step. Here its memory is taken in huge pages and kept: once nothing refers to a gradient any more, the next one of
-about that size is written into the same pages. At most as much is kept as was in use at one time.
+every step; a chunk of logits is another. Here memory is taken in huge pages and kept: once nothing refers to a tensor
+any more, the next one of about that size is written into the same pages. At most as much is kept as was in use at one
+time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import mmap
 import sys
 import threading
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -24,19 +26,19 @@ _blocks: list[mmap.mmap] = []
 _lock = threading.Lock()
 
 
-def empty_gradient(like: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of ``like``'s shape, dtype and device, in reused memory where that pays."""
-    n_bytes = like.numel() * like.element_size()
-    if like.device.type != "cpu" or n_bytes < _MIN_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised contiguous tensor, in reused memory where that pays."""
+    n_bytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or n_bytes < _MIN_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
     with _lock:
         block = _idle_block(n_bytes) or _new_block(n_bytes)
         # The tensor holds a reference to the block, by which _is_idle knows whether it is still in use.
-        return torch.frombuffer(block, dtype=like.dtype, count=prod(like.shape)).view(like.shape)
+        return torch.frombuffer(block, dtype=dtype, count=prod(shape)).view(shape)
 
 
 def empty_cache() -> None:
-    """Return to the system the gradient memory that no tensor uses."""
+    """Return to the system the memory of gradients and logits that no tensor uses."""
     with _lock:
         _release_idle_blocks()
 

@@ -1,4 +1,4 @@
-"""Reuse of gradient memory, and how much memory the operations take."""
+"""Reuse of large buffers, and how much memory the operations take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loku_kernels as lk
-from loku_kernels import launch, memory
+from loku_kernels import launch, memory, processor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="gradient memory is kept for CPU tensors")
 
@@ -49,17 +49,27 @@ def test_blocks_of_another_size_are_released():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_empty_gradient_is_an_ordinary_tensor(dtype):
-    like = torch.empty(SHAPE[0], 2, SHAPE[1], dtype=dtype).transpose(0, 1)
-    out = memory.empty_gradient(like)
-    assert out.shape == like.shape and out.dtype == dtype and out.is_contiguous()
+def test_empty_is_an_ordinary_tensor(dtype):
+    shape = (2, *SHAPE)
+    out = memory.empty(shape, dtype, torch.device("cpu"))
+    assert out.shape == shape and out.dtype == dtype and out.is_contiguous()
     out.fill_(2.0)
     assert out.sum(dtype=torch.float64).item() == 2.0 * out.numel()
 
 
-def test_small_gradients_come_from_torch():
-    memory.empty_gradient(torch.empty(1000))
+def test_small_tensors_come_from_torch():
+    memory.empty((1000,), torch.float32, torch.device("cpu"))
     assert not memory._blocks
+
+
+def test_a_chunk_of_logits_is_written_over_the_last_one(monkeypatch):
+    """On processors where torch fills a buffer fastest: one block, whatever the number of chunks and calls."""
+    monkeypatch.setattr(processor, "is_amd", lambda: False)
+    hidden, weight = torch.randn(200, 8), torch.randn(SHAPE[1], 8)
+    labels = torch.arange(200)
+    for _ in range(2):
+        lk.fused_linear_ihl(hidden, weight, labels, chunk_bytes=64 * SHAPE[1] * 4)
+        assert [len(block) for block in memory._blocks] == [64 * SHAPE[1] * 4]
 
 
 @pytest.mark.parametrize(("rows", "vocabulary", "itemsize"), [(1, 50257, 4), (2048, 50257, 4), (8192, 128256, 2)])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loku_kernels import gemm, launch
+from loku_kernels import gemm, launch, memory
 from loku_kernels.backends import formulas, select
 from loku_kernels.backends.reference import compute_dtype
 from loku_kernels.ops._operator import operator, refuse_gradient
@@ -69,9 +69,7 @@ def linear_unlearning_loss(
     kernel = backend.row_losses_and_gradient_ if any(needed) else backend.row_losses
     table, index = _ignored_table(hidden, labels)
     gradients = _Gradients(hidden, weight, needed)
-    for chunk in _chunks(hidden, weight, labels, rows, ignore_index, chunk_bytes):
-        hidden_chunk = hidden[chunk]
-        logits = gemm.linear(hidden_chunk, weight, bias)
+    for chunk, hidden_chunk, logits in _chunks(hidden, weight, bias, labels, rows, ignore_index, chunk_bytes):
         weights = ihl_weight[chunk], ce_weight[chunk]
         table[:, chunk], index[chunk] = kernel(
             logits[None], labels[chunk], *weights, ignore_index=ignore_index, scale=scale, softcap=softcap
@@ -197,21 +195,19 @@ def linear_gradients(
     """The gradients asked for of sum(upstream * loss), from logits formed once more."""
     backend = select(hidden)
     gradients = _Gradients(hidden, weight, (need_hidden, need_weight, need_bias))
-    for chunk in _chunks(hidden, weight, labels, rows, ignore_index, chunk_bytes):
-        hidden_chunk = hidden[chunk]
-        logits = gemm.linear(hidden_chunk, weight, bias)[None]
+    for chunk, hidden_chunk, logits in _chunks(hidden, weight, bias, labels, rows, ignore_index, chunk_bytes):
         backend.row_gradient(
-            logits,
+            logits[None],
             labels[chunk],
             index[chunk],
             coefficients[:, chunk].contiguous(),
             upstream[chunk],
-            logits,
+            logits[None],
             ignore_index=ignore_index,
             scale=scale,
             softcap=softcap,
         )
-        gradients.add(chunk, hidden_chunk, weight, logits[0])
+        gradients.add(chunk, hidden_chunk, weight, logits)
         del logits
     return gradients.hidden, gradients.weight, gradients.bias
 
@@ -255,9 +251,18 @@ def _in_dtype_of(inputs: tuple[Tensor | None, ...], gradients: Sequence[Tensor],
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, ignore_index: int, chunk_bytes: int | None
-) -> Iterator[_Rows]:
-    """The rows that count, a chunk at a time: slices where all do, else indices."""
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rows: Tensor | None,
+    ignore_index: int,
+    chunk_bytes: int | None,
+) -> Iterator[tuple[_Rows, Tensor, Tensor]]:
+    """The rows that count, a chunk at a time (slices where all do, else indices), their hidden states and logits.
+
+    The next chunk's logits may be written over a chunk's.
+    """
     check_labels(labels, weight.shape[0], ignore_index)
     _check_rows(rows, hidden.shape[0])
     if rows is None and labels.device.type == "cpu":
@@ -267,9 +272,12 @@ def _chunks(
     if chunk_bytes is None:
         chunk_bytes = launch.default_chunk_bytes(hidden.device.type)
     height = launch.chunk_rows(n_rows, weight.shape[0], hidden.element_size(), chunk_bytes)
+    buffer = memory.empty((height, weight.shape[0]), hidden.dtype, hidden.device)
     for start in range(0, n_rows, height):
         chunk = slice(start, min(start + height, n_rows))
-        yield chunk if rows is None else rows[chunk]
+        chunk = chunk if rows is None else rows[chunk]
+        hidden_chunk = hidden[chunk]
+        yield chunk, hidden_chunk, gemm.linear(hidden_chunk, weight, bias, buffer[: len(hidden_chunk)])
 
 
 def _check_rows(rows: Tensor | None, n_rows: int) -> None:

@@ -119,7 +119,7 @@ def row_gradient(
     softcap: float,
 ) -> Tensor:
     """The gradient with respect to the logits, in a tensor of its own."""
-    out = memory.empty_gradient(logits)
+    out = memory.empty(logits.shape, logits.dtype, logits.device)
     select(logits).row_gradient(
         unit_last_stride(logits),
         labels,
