@@ -8,7 +8,7 @@
 //
 // What is added up for an element of F, and in which order, depends neither on the block nor on the thread.
 //
-// Bytes that cross memory, mostly from the L3 cache: F twice a chunk; inputs out / 256 times, grad_outputs in / 768 times.
+// Bytes that cross memory, mostly from L3: F twice a chunk, inputs out / 256 times, grad_outputs in / 768 times.
 #pragma once
 
 #include "fisher.h"

@@ -1,10 +1,11 @@
-// M^T diag(scales)^2 M x for a thin x, on whichever simd_*.h came before.
+// A^T A x for a thin x, on whichever simd_*.h came before.
 //
-// A product with M and one with M^T read it twice, and a library lays it out anew for both, which for 16 to 64 columns
-// takes longer than the multiplications. Here a panel of 48 rows is copied into tiles of 48 x 48 while its product with
-// x is formed, and is multiplied a second time from there before the next panel comes.
+// A product with A and one with A^T read it twice, and a library lays it out anew for both, which for 16 to 64 columns
+// takes longer than the multiplications. Here A is laid out once, for as many products as are wanted: a panel of 48 rows
+// is multiplied by x tile by tile, and a second time, from the cache, before the next panel comes. Laid out as a library
+// has it, the pieces of a panel lie on a page each: the processor then waits for their addresses half of the time.
 //
-// Bytes that cross memory: M once; x and out once a panel, mostly from the L2 or L3 cache.
+// Bytes that cross memory: A once; x and out once a panel, mostly from the L2 or L3 cache.
 #pragma once
 
 #include "gram.h"
@@ -15,10 +16,11 @@ constexpr int kGramVectors = 4;
 constexpr int kGramSums = kWidth == 16 ? 24 : 12;  // in 32 or 16 registers
 
 // c (kGramSums / kVectors rows, kVectors vectors) += a (rows, steps) b (steps, kVectors vectors), with rows of b and c
-// `width` apart.
-template <int kVectors>
-void add_gram_tile(const float* a, int64_t a_row, int64_t a_step, int64_t steps, const float* b, float* c,
-                   int64_t width) {
+// `width` apart; a lies in a tile, its rows kRow apart and its steps kStep. Asks for the lines from `ahead` on, a part of
+// a later tile as large as this one, while it works: tiles that come from memory then cost no time.
+template <int kVectors, int kRow, int kStep>
+void add_gram_tile(const float* a, int64_t steps, const float* b, float* c, int64_t width, const float* ahead) {
+  constexpr int kLine = 16;  // floats
   constexpr int kRows = kGramSums / kVectors;
   const auto each = [](auto visit) LOKU_LAMBDA {
 #pragma GCC unroll 24
@@ -29,11 +31,13 @@ void add_gram_tile(const float* a, int64_t a_row, int64_t a_step, int64_t steps,
   };
   Vector sum[kRows][kVectors];
   each([&](int r, int v) LOKU_LAMBDA { sum[r][v] = broadcast(0.0f); });
-  for (; steps > 0; --steps, a += a_step, b += width) {
+  for (; steps > 0; --steps, a += kStep, b += width) {
+#pragma GCC unroll 2
+    for (int i = 0; i < pieces_of(kRows, kLine); ++i, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
     Vector row[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kWidth);
-    each([&](int r, int v) LOKU_LAMBDA { sum[r][v] = multiply_add(broadcast(a[r * a_row]), row[v], sum[r][v]); });
+    each([&](int r, int v) LOKU_LAMBDA { sum[r][v] = multiply_add(broadcast(a[r * kRow]), row[v], sum[r][v]); });
   }
   each([&](int r, int v) LOKU_LAMBDA {
     float* place = c + r * width + v * kWidth;
@@ -42,58 +46,67 @@ void add_gram_tile(const float* a, int64_t a_row, int64_t a_step, int64_t steps,
 }
 
 // c (kGramSide, width) += a (kGramSide, steps) b (steps, width).
-template <int kVectors = kGramVectors>
-void add_gram_product(const float* a, int64_t a_row, int64_t a_step, int64_t steps, const float* b, float* c,
-                      int64_t width, int64_t first_column = 0) {
+template <int kRow, int kStep, int kVectors = kGramVectors>
+void add_gram_product(const float* a, int64_t steps, const float* b, float* c, int64_t width,
+                      int64_t first_column = 0) {
   constexpr int kRows = kGramSums / kVectors;
   static_assert(kGramSide % kRows == 0, "tiles hold whole groups of rows");
   for (; first_column + kVectors * kWidth <= width; first_column += kVectors * kWidth) {
     for (int64_t r = 0; r < kGramSide; r += kRows) {
-      add_gram_tile<kVectors>(a + r * a_row, a_row, a_step, steps, b + first_column, c + r * width + first_column,
-                              width);
+      add_gram_tile<kVectors, kRow, kStep>(a + r * kRow, steps, b + first_column, c + r * width + first_column, width,
+                                           a + (2 * kGramSide + r) * kGramSide);
     }
   }
-  if constexpr (kVectors > 1) add_gram_product<kVectors - 1>(a, a_row, a_step, steps, b, c, width, first_column);
+  if constexpr (kVectors > 1) add_gram_product<kRow, kStep, kVectors - 1>(a, steps, b, c, width, first_column);
 }
 
-// A tile of M, (rows, columns), with zeros around it, in M's own order.
-inline void copy_tile(const GramProblem& problem, int64_t row, int64_t column, int64_t rows, int64_t columns,
-                      float* tile) {
-  const float* from = problem.matrix + row * problem.row_stride + column * problem.column_stride;
-  const bool by_rows = problem.column_stride == 1;
-  const int64_t lines = by_rows ? rows : columns, length = by_rows ? columns : rows;
-  const int64_t stride = by_rows ? problem.row_stride : problem.column_stride;
-  if (rows < kGramSide || columns < kGramSide) std::memset(tile, 0, kGramSide * kGramSide * sizeof(float));
-  for (int64_t i = 0; i < lines; ++i) std::memcpy(tile + i * kGramSide, from + i * stride, length * sizeof(float));
-}
-
-inline void add_gram_panels(const GramProblem& problem, int64_t first, int64_t last, float* out, float* scratch) {
-  const int64_t width = problem.width, tiles = pieces_of(problem.columns, kGramSide);
-  const bool by_rows = problem.column_stride == 1;
-  const int64_t to_row = by_rows ? kGramSide : 1, to_column = by_rows ? 1 : kGramSide;
-  float* products = scratch + tiles * kGramSide * kGramSide;  // (kGramSide, width): the panel times x
-  for (int64_t panel = first; panel < last; ++panel) {
-    const int64_t row = panel * kGramSide, rows = least(kGramSide, problem.rows - row);
-    std::memset(products, 0, kGramSide * width * sizeof(float));
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t column = t * kGramSide, columns = least(kGramSide, problem.columns - column);
-      float* tile = scratch + t * kGramSide * kGramSide;
-      copy_tile(problem, row, column, rows, columns, tile);
-      add_gram_product(tile, to_row, to_column, columns, problem.x + column * width, products, width);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vector scale = broadcast(problem.scales[row + r]);  // its square might not be a float
-      for (float* p = products + r * width; p < products + (r + 1) * width; p += kWidth) {
-        store(p, scale * (scale * load(p)));
+inline void pack_gram_panels(const GramSource& source, int64_t first, int64_t last, float* tiles) {
+  const bool by_rows = source.by_rows();
+  const int64_t across = pieces_of(source.columns, kGramSide);
+  const int64_t stride = by_rows ? source.row_stride : source.column_stride;
+  const int64_t scale_stride = by_rows ? source.scale_row_stride : source.scale_column_stride;
+  for (int64_t number = first * across; number < last * across; ++number) {
+    float* tile = tiles + number * kGramSide * kGramSide;
+    const int64_t row = number / across * kGramSide, column = number % across * kGramSide;
+    const int64_t rows = least(kGramSide, source.rows - row), columns = least(kGramSide, source.columns - column);
+    if (rows < kGramSide || columns < kGramSide) std::memset(tile, 0, kGramSide * kGramSide * sizeof(float));
+    const float* from = source.matrix + row * source.row_stride + column * source.column_stride;
+    const float* scales = source.scales + row * source.scale_row_stride + column * source.scale_column_stride;
+    const int64_t lines = by_rows ? rows : columns, length = by_rows ? columns : rows;
+    for (int64_t i = 0; i < lines; ++i, tile += kGramSide, from += stride, scales += scale_stride) {
+      if (scale_stride == 0) {
+        for (int64_t j = 0; j < length; ++j) tile[j] = from[j] * scales[j];
+      } else {
+        for (int64_t j = 0; j < length; ++j) tile[j] = from[j] * scales[0];
       }
     }
-    for (int64_t t = 0; t < tiles; ++t) {
-      const float* tile = scratch + t * kGramSide * kGramSide;
-      add_gram_product(tile, to_column, to_row, rows, products, out + t * kGramSide * width, width);
+  }
+}
+
+// kToRow and kToColumn: how far rows and columns are apart in a tile.
+template <int kToRow, int kToColumn>
+void add_gram_panels(const GramProblem& problem, int64_t first, int64_t last, float* out, float* products) {
+  const int64_t width = problem.width, across = problem.tiles_of_panel;
+  for (int64_t panel = first; panel < last; ++panel) {
+    const float* tiles = problem.tiles + panel * across * kGramSide * kGramSide;
+    std::memset(products, 0, kGramSide * width * sizeof(float));
+    for (int64_t t = 0; t < across; ++t) {
+      const int64_t column = t * kGramSide;
+      add_gram_product<kToRow, kToColumn>(tiles + column * kGramSide, least(kGramSide, problem.columns - column),
+                                          problem.x + column * width, products, width);
+    }
+    for (int64_t t = 0; t < across; ++t) {
+      const int64_t column = t * kGramSide;
+      add_gram_product<kToColumn, kToRow>(tiles + column * kGramSide, kGramSide, products, out + column * width, width);
     }
   }
 }
 
-const GramKernel gram_product = add_gram_panels;
+inline void add_gram_products(const GramProblem& problem, int64_t first, int64_t last, float* out, float* products) {
+  const auto add = problem.by_rows ? add_gram_panels<kGramSide, 1> : add_gram_panels<1, kGramSide>;
+  add(problem, first, last, out, products);
+}
+
+const GramKernels gram_kernels = {pack_gram_panels, add_gram_products};
 
 }  // namespace loku::LOKU_ISA

@@ -9,7 +9,8 @@ own: on GPUs, in float64); A itself is never formed.
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def weighted_svd(
         ValueError: a shape, the rank or rtol does not fit; row_weight has a negative entry; an entry is not finite.
 
     Besides a float32 copy of 16-bit weights it holds 5 to 15 blocks of ``rank`` vectors of length min(out, in), and on
-    a CPU one more and 48 such vectors a thread. Where the relative residual is below about 0.03, float32 cannot tell
+    a CPU a float32 copy of A, in memory that is kept for the next (``empty_cache``), and a block a thread. Where the relative residual is below about 0.03, float32 cannot tell
     whether the optimum is reached, and the iteration runs again on a float64 copy; small matrices and high ranks take
     such a copy and the Gram matrix of one side. It synchronises with the device to check its input and at every step to
     test for convergence.
@@ -114,8 +115,6 @@ class _Weighted:
 
     def __init__(self, weight: Tensor, row_weight: Tensor):
         self.dtype = weight.dtype
-        if 1 not in weight.stride():  # for the kernel that reads it
-            weight = weight.contiguous()
         lengths = torch.linalg.vector_norm(weight, dim=1)
         self.weight, self.scale = weight, 1.0
         if not _SQUARES_ARE_SAFE[0] < float(lengths.max()) < _SQUARES_ARE_SAFE[1]:
@@ -139,13 +138,14 @@ class _Weighted:
 
     def gram(self, rows: Tensor) -> Tensor:
         """rows (b, size) @ A A^T where A is wide, else rows @ A^T A."""
-        wide, backend = self.is_wide, select(self.weight)
-        if not hasattr(backend, "gram_product"):
-            return self.right(self.left(rows)) if wide else self.left(self.right(rows))
-        if not wide:
-            return backend.gram_product(self.weight, self.row_weight, rows.T.contiguous()).T
-        ones = torch.ones_like(self.weight[0])
-        return backend.gram_product(self.weight.T, ones, (rows * self.row_weight).T.contiguous()).T * self.row_weight
+        backend = select(self.weight)
+        if hasattr(backend, "gram_product"):
+            return backend.gram_product(self._tiles, rows.T.contiguous()).T
+        return self.right(self.left(rows)) if self.is_wide else self.left(self.right(rows))
+
+    @functools.cached_property
+    def _tiles(self) -> Any:
+        return select(self.weight).gram_tiles(self.weight, self.row_weight, self.is_wide)
 
     @property
     def is_wide(self) -> bool:
@@ -154,6 +154,7 @@ class _Weighted:
     def double(self) -> _Weighted:
         """The same, worked in float64."""
         other = copy.copy(self)
+        other.__dict__.pop("_tiles", None)
         other.weight, other.row_weight = self.weight.double(), self.row_weight.double()
         return other
 

@@ -9,16 +9,24 @@ import functools
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loku_kernels import processor
+from loku_kernels import memory, processor
 from loku_kernels.backends import formulas
 
 # In the order of `InstructionSet` in csrc/cpu.h, the best last.
 _INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
 _GRAM_SIDE = 48  # kGramSide in csrc/gram.h
+
+
+class GramTiles(NamedTuple):
+    """A matrix cut into tiles, whose rows or columns have adjacent elements."""
+
+    tiles: Tensor
+    by_rows: bool
 
 
 def missing_reason() -> str | None:
@@ -136,21 +144,36 @@ class CppBackend:
         """fisher += scale * grad^2 in float32. Both contiguous, of one shape; no memory beside them."""
         torch.ops.loku_kernels_cpp.fisher_accumulate_grad_(fisher, grad, scale, self._number)
 
-    def gram_product(self, matrix: Tensor, scales: Tensor, x: Tensor) -> Tensor:
-        """matrix^T diag(scales)^2 matrix x, (columns, width), reading the matrix once.
+    def gram_tiles(self, matrix: Tensor, row_weight: Tensor, of_transpose: bool) -> GramTiles:
+        """A = diag(row_weight) @ matrix, or its transpose, laid out for ``gram_product``.
 
         Args:
-            matrix: float32 (rows, columns), with adjacent elements in rows or in columns.
-            scales: float32 (rows,), contiguous.
+            matrix: float32 (rows, columns); fastest with adjacent elements in rows or in columns.
+            row_weight: float32 (rows,), contiguous.
+
+        Memory: the tiles, in memory that is kept for the next (``empty_cache``).
+        """
+        matrix = matrix if 1 in matrix.stride() else matrix.contiguous()
+        scales = row_weight.as_strided(matrix.shape, (1, 0))
+        matrix, scales = (matrix.T, scales.T) if of_transpose else (matrix, scales)
+        panels, across = (-(-size // _GRAM_SIDE) for size in matrix.shape)
+        tiles = memory.empty((panels, across, _GRAM_SIDE, _GRAM_SIDE), torch.float32, matrix.device)
+        torch.ops.loku_kernels_cpp.gram_pack_(tiles, matrix, scales, self._number)
+        return GramTiles(tiles, matrix.stride(1) == 1)
+
+    def gram_product(self, tiled: GramTiles, x: Tensor) -> Tensor:
+        """A^T A x, (columns, width), reading A once.
+
+        Args:
+            tiled: A, from ``gram_tiles``.
             x: float32 (columns, width), contiguous; width a multiple of 16.
 
-        Memory: (width + 48) x columns floats per thread. The order of the sums depends on the number of threads.
+        Memory: width x columns floats per thread. The order of the sums depends on the number of threads.
         """
-        rows, columns = matrix.shape
-        parts = min(torch.get_num_threads(), -(-rows // _GRAM_SIDE))
-        sums = torch.zeros(parts, -(-columns // _GRAM_SIDE) * _GRAM_SIDE, x.shape[1])
-        torch.ops.loku_kernels_cpp.gram_product_(sums, matrix, scales, x, self._number)
-        return sums.sum(0)[:columns]
+        panels, across = tiled.tiles.shape[:2]
+        sums = torch.zeros(min(torch.get_num_threads(), panels), across * _GRAM_SIDE, x.shape[1])
+        torch.ops.loku_kernels_cpp.gram_product_(sums, *tiled, x, self._number)
+        return sums.sum(0)[: len(x)]
 
 
 @functools.cache
