@@ -2,8 +2,8 @@
 
 Written A = D W (out x in). Whatever finds the leading right vectors V (in x r), the rest is the same: Y = D (W V),
 whose rows carry their weight as a factor and so keep their relative accuracy however small it is; the SVD of Y in
-float64; and ||A - Y V^T||, measured. A step of the Krylov iteration reads W once (twice where there is no kernel of our
-own: on GPUs, in float64); A itself is never formed.
+float64; and ||A - Y V^T||, measured. A step of the Krylov iteration reads W twice or, where there is a kernel for it
+(float32 on CPUs), a copy of A once.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def weighted_svd(
         ValueError: a shape, the rank or rtol does not fit; row_weight has a negative entry; an entry is not finite.
 
     Besides a float32 copy of 16-bit weights it holds 5 to 15 blocks of ``rank`` vectors of length min(out, in), and on
-    a CPU a float32 copy of A, in memory that is kept for the next (``empty_cache``), and a block a thread. Where the relative residual is below about 0.03, float32 cannot tell
-    whether the optimum is reached, and the iteration runs again on a float64 copy; small matrices and high ranks take
-    such a copy and the Gram matrix of one side. It synchronises with the device to check its input and at every step to
-    test for convergence.
+    a CPU a float32 copy of A, in memory that is kept for the next (``empty_cache``). Where the relative residual is
+    below about 0.03, float32 cannot tell whether the optimum is reached, and the iteration runs again on a float64
+    copy; small matrices and high ranks take such a copy and the Gram matrix of one side. It synchronises with the
+    device to check its input and at every step to test for convergence.
     """
     _check(weight, row_weight, rank, rtol)
     device = weight.device
