@@ -14,6 +14,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+int64_t gram_side() { return kGramSide; }
+
 void check_tiles(const Tensor& tiles, int64_t columns) {
   STD_TORCH_CHECK(tiles.scalar_type() == ScalarType::Float && tiles.is_contiguous() && tiles.dim() == 4 &&
                       tiles.size(1) == pieces_of(columns, kGramSide) && tiles.size(2) == kGramSide &&
@@ -78,8 +80,13 @@ void gram_product_(Tensor out, Tensor tiles, bool by_rows, Tensor x, int64_t ins
 }  // namespace loku
 
 STABLE_TORCH_LIBRARY_FRAGMENT(loku_kernels_cpp, library) {
+  library.def("gram_side() -> int");
   library.def("gram_pack_(Tensor(a!) tiles, Tensor matrix, Tensor scales, int instruction_set) -> ()");
   library.def("gram_product_(Tensor(a!) out, Tensor tiles, bool by_rows, Tensor x, int instruction_set) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(loku_kernels_cpp, CompositeExplicitAutograd, library) {
+  library.impl("gram_side", TORCH_BOX(&loku::gram_side));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(loku_kernels_cpp, CPU, library) {

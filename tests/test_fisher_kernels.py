@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loku_kernels import processor
 from loku_kernels.backends import cpp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# One above and below the kernels' tiles (8 x 48, 6 x 16, 6 x 8) and blocks (256 x 384), and what lies between.
-SHAPES = [(1, 1), (7, 17), (17, 7), (49, 100), (100, 49), (8, 48), (1, 385), (257, 1), (300, 500)]
+# One above and below the kernels' tiles (8 x 48, 6 x 16, 6 x 8) and blocks (256 x 768), and what lies between.
+SHAPES = [(1, 1), (7, 17), (17, 7), (49, 100), (100, 49), (8, 48), (1, 769), (257, 1), (300, 800)]
 # A chunk has 224 tokens, or 448 in bfloat16: sequences that share one, fill one, and take several.
 LENGTHS = [
     [],
@@ -82,6 +83,16 @@ def test_against_float64(kernels, out, columns, dtype):
 def test_any_packing(out, columns, lengths, dtype, seed):
     for name in cpp.instruction_sets():
         assert_accurate(cpp.CppBackend(name), random_problem(out, columns, lengths, dtype, seed), 4)
+
+
+@pytest.mark.skipif("avx512bf16" not in cpp.instruction_sets(), reason="needs AVX-512 with bfloat16")
+@pytest.mark.parametrize(("slow", "instruction_set"), [(True, "avx512"), (False, "avx512bf16")])
+def test_bfloat16_is_widened_where_its_products_are_slow(monkeypatch, slow, instruction_set):
+    monkeypatch.setattr(processor, "has_slow_bfloat16", lambda: slow)
+    found, expected = (random_problem(300, 100, [120, 333], torch.bfloat16) for _ in range(2))
+    cpp.CppBackend().fisher_accumulate(*found)
+    cpp.CppBackend(instruction_set).fisher_accumulate(*expected)
+    assert torch.equal(found[0], expected[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -52,3 +52,32 @@ def test_add_outer_sums_in_the_dtype_of_the_total(device, dtype):
     expected = total.double() + a.double().t() @ b.double()
     gemm.add_outer_(total, a, b)
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_slow_bfloat16_products_are_widened_where_that_pays(monkeypatch):
+    monkeypatch.setattr(processor, "has_slow_bfloat16", lambda: True)
+    monkeypatch.setattr(processor, "multiplies", lambda dtype: True)
+    rows = {torch.bfloat16: [1, 63, 64, 500], torch.float16: [500], torch.float32: [500]}
+    widened = {
+        dtype: [n for n in counts if gemm.is_widened(torch.empty(n, 8, dtype=dtype))] for dtype, counts in rows.items()
+    }
+    assert widened == {torch.bfloat16: [64, 500], torch.float16: [], torch.float32: []}
+
+
+@pytest.mark.parametrize(
+    ("description", "slow"),
+    [
+        ("vendor_id : GenuineIntel\nflags : avx2 avx512f avx512_bf16 avx512_fp16", True),
+        ("vendor_id : GenuineIntel\nflags : avx2 avx512f avx512_bf16 amx_bf16 avx512_fp16 amx_tile", False),
+        ("vendor_id : GenuineIntel\nflags : avx2 avx512f", False),
+        ("vendor_id : AuthenticAMD\nflags : avx2 avx512f avx512_bf16 avx512_fp16", False),
+        ("", False),
+    ],
+)
+def test_slow_bfloat16_is_told_by_vendor_and_flags(monkeypatch, description, slow):
+    monkeypatch.setattr(processor, "_description", lambda: description)
+    processor.has_slow_bfloat16.cache_clear()
+    try:
+        assert processor.has_slow_bfloat16() == slow
+    finally:
+        processor.has_slow_bfloat16.cache_clear()

@@ -19,7 +19,6 @@ from loku_kernels.backends import formulas
 
 # In the order of `InstructionSet` in csrc/cpu.h, the best last.
 _INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
-_GRAM_SIDE = 48  # kGramSide in csrc/gram.h
 
 
 class GramTiles(NamedTuple):
@@ -156,8 +155,9 @@ class CppBackend:
         matrix = matrix if 1 in matrix.stride() else matrix.contiguous()
         scales = row_weight.as_strided(matrix.shape, (1, 0))
         matrix, scales = (matrix.T, scales.T) if of_transpose else (matrix, scales)
-        panels, across = (-(-size // _GRAM_SIDE) for size in matrix.shape)
-        tiles = memory.empty((panels, across, _GRAM_SIDE, _GRAM_SIDE), torch.float32, matrix.device)
+        side = torch.ops.loku_kernels_cpp.gram_side()
+        panels, across = (-(-size // side) for size in matrix.shape)
+        tiles = memory.empty((panels, across, side, side), torch.float32, matrix.device)
         torch.ops.loku_kernels_cpp.gram_pack_(tiles, matrix, scales, self._number)
         return GramTiles(tiles, matrix.stride(1) == 1)
 
@@ -170,8 +170,8 @@ class CppBackend:
 
         Memory: width x columns floats per thread. The order of the sums depends on the number of threads.
         """
-        panels, across = tiled.tiles.shape[:2]
-        sums = torch.zeros(min(torch.get_num_threads(), panels), across * _GRAM_SIDE, x.shape[1])
+        panels, across, side, _ = tiled.tiles.shape
+        sums = torch.zeros(min(torch.get_num_threads(), panels), across * side, x.shape[1])
         torch.ops.loku_kernels_cpp.gram_product_(sums, *tiled, x, self._number)
         return sums.sum(0)[: len(x)]
 
