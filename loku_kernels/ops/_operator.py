@@ -48,6 +48,7 @@ def refuse_gradient(operator: torch._ops.OpOverload) -> None:
 
 def _register(function: Callable, mutated: tuple[str, ...], kernel: Callable | None = None) -> torch._ops.OpOverload:
     name = f"{_NAMESPACE}::{function.__name__}"
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutated))
+    schema = torch.library.infer_schema(function, mutates_args=mutated)
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "CompositeExplicitAutograd")(kernel or function)
     return getattr(getattr(torch.ops, _NAMESPACE), function.__name__).default
