@@ -37,7 +37,19 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    return run_command(command.main, argv[1:])
+    status = run_command(command.main, argv[1:])
+    if status == 0:
+        _part_from_other_processes()
+    return status
+
+
+def _part_from_other_processes() -> None:
+    """Leave torchrun's process group once all are done: its threads can abort an interpreter that just ends."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def usage() -> str:
