@@ -1,7 +1,7 @@
 """Registration of operators, without what ``torch.library.custom_op`` adds to every call.
 
-Its wrappers in Python take 0.13 ms a call when the caches are cold, as they are after a layer of a model: a tenth of a
-Fisher update of 3072 x 768.
+Its wrappers in Python take 0.05 to 0.13 ms a call when the caches are cold, as they are after a layer of a model: a
+quarter of ``fisher_accumulate_grad`` on 3072 x 768.
 """
 
 from __future__ import annotations

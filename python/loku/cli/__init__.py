@@ -45,9 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _part_from_other_processes() -> None:
     """Leave torchrun's process group once all are done: its threads can abort an interpreter that just ends."""
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
+    distributed = sys.modules.get("torch.distributed")  # a command that needed no torch should not wait for it now
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
 
