@@ -1,20 +1,20 @@
 // exp and tanh of a vector, on whichever simd_*.h came before.
 #pragma once
 
+#include <cmath>
+
 namespace loku::LOKU_ISA {
 
 // e^-y for y >= -88, within 2 ulp, NaN for NaN. Where a float would be subnormal (y > 87.3) what comes is smaller than
-// 1.2e-38, and exactly 0 from y = 88.1 on.
+// 1.2e-38, and exactly 0 from y = 88.1 on, under FlushSubnormals.
 //
-// -y = n ln 2 / 2^b + r with an integer n and |r| <= ln 2 / 2^(b+1). Adding 1.5 * 2^23 rounds to that integer and
-// leaves it in the low bits. The polynomial's coefficients minimise the relative error of e^r; a longer table
-// (kTableBits = b) needs fewer of them. The largest y allowed has n = -127 * 2^b, for which power_of_two gives 0.
+// -y = n ln 2 + r with a multiple n of 2^-kTableBits and |r| <= ln 2 / 2^(kTableBits + 1). The polynomial's
+// coefficients minimise the relative error of e^r; a longer table needs fewer of them. The largest y allowed has
+// n = -127, for which power_of_two gives 0.
 LOKU_INLINE Vector exponential_of_minus(Vector y) {
-  constexpr float kSteps = 1 << kTableBits;
-  const Vector rounder = broadcast(12582912.0f);
   y = smaller(broadcast(88.0296919f), y);
-  const Vector shifted = multiply_add(y, broadcast(-1.44269504f * kSteps), rounder);
-  const Vector n = shifted - rounder;
+  const Vector shifted = multiply_add(y, broadcast(-1.44269504f), broadcast(rounder(kTableBits)));
+  const Vector n = shifted - broadcast(rounder(kTableBits));
   const Vector minus_r = add_multiple_of_log2(y, n);
   Vector p;
   if constexpr (kTableBits == 5) {
@@ -30,8 +30,56 @@ LOKU_INLINE Vector exponential_of_minus(Vector y) {
     p = multiply_add(minus_r, p, broadcast(-1.0f));
   }
   p = multiply_add(minus_r, p, broadcast(1.0f));
-  return p * power_of_two(shifted);
+  return p * power_of_two(shifted, n);
 }
+
+// 2^t for t <= 127, within 2 ulp, 0 for -inf, NaN for NaN; smaller than 1.2e-38 where a float would be subnormal. The
+// rest that split_power leaves is on one side of 0 where kTableBits is 5.
+LOKU_INLINE Vector two_to_the(Vector t) {
+  Vector rest;
+  const Vector power = split_power(t, rest);
+  Vector p;
+  if constexpr (kTableBits == 5) {
+    p = multiply_add(rest, broadcast(0.242652506f), broadcast(0.693123758f));
+  } else if constexpr (kTableBits == 3) {
+    p = multiply_add(rest, broadcast(0.0554962195f), broadcast(0.240257621f));
+    p = multiply_add(rest, p, broadcast(0.693147242f));
+  } else {
+    p = multiply_add(rest, broadcast(0.000153533503f), broadcast(0.00133988727f));
+    p = multiply_add(rest, p, broadcast(0.00961843692f));
+    p = multiply_add(rest, p, broadcast(0.0555033237f));
+    p = multiply_add(rest, p, broadcast(0.240226477f));
+    p = multiply_add(rest, p, broadcast(0.693147182f));
+  }
+  p = multiply_add(rest, p, broadcast(1.0f));
+  return p * power;
+}
+
+// e^(z - value) for sums over a row, as 2^(z log2(e) - exponent): an operation less than from the difference, and no
+// worse near the top. What rounding `exponent` shifted all of them by, `correction` undoes in the sum.
+struct Reference {
+  static constexpr float kLog2E = 1.44269504f;
+
+  float value;
+  bool is_usable;  // whether the exponent is finite
+  float exponent;
+  double correction;
+
+  explicit Reference(float top)
+      : value(top),
+        is_usable(std::fabs(top) < 2e38f),
+        exponent(top * kLog2E),
+        correction(kFusesMultiplyAdd && is_usable ? std::exp2(exponent - static_cast<double>(top) * kLog2E) : 1.0) {}
+
+  // The exponent of 2, negative only where z is not larger than `value`, and wherever it is noticeably smaller.
+  LOKU_INLINE Vector distance(Vector z) const {
+    if constexpr (kFusesMultiplyAdd) {
+      return multiply_add(z, broadcast(kLog2E), broadcast(-exponent));
+    } else {
+      return (z - broadcast(value)) * broadcast(kLog2E);
+    }
+  }
+};
 
 // tanh within 2 ulp: an odd polynomial near 0, 1 - 2 e^-2|x| / (1 + e^-2|x|) elsewhere, where less than half of the
 // error of the exponential is left.

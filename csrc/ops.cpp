@@ -108,6 +108,15 @@ void row_gradient(Tensor logits, Tensor labels, Tensor index, Tensor coefficient
   share_rows(n, logits.size(2), [&](int64_t first, int64_t last) { kernels.gradient(problem, first, last); });
 }
 
+int64_t first_invalid_label(Tensor labels, int64_t vocabulary, int64_t ignore_index) {
+  const int64_t rows = labels.numel();
+  const int64_t* label = integers(labels, rows);
+  for (int64_t n = 0; n < rows; ++n) {
+    if (label[n] != ignore_index && (label[n] < 0 || label[n] >= vocabulary)) return n;
+  }
+  return -1;
+}
+
 bool supports(int64_t instruction_set) { return is_supported(static_cast<InstructionSet>(instruction_set)); }
 
 }  // namespace
@@ -115,6 +124,7 @@ bool supports(int64_t instruction_set) { return is_supported(static_cast<Instruc
 
 STABLE_TORCH_LIBRARY(loku_kernels_cpp, library) {
   library.def("supports(int instruction_set) -> bool");
+  library.def("first_invalid_label(Tensor labels, int vocabulary, int ignore_index) -> int");
   library.def(
       "row_losses(Tensor logits, Tensor labels, Tensor ihl_weight, Tensor ce_weight, Tensor(a!) table, Tensor(b!) "
       "index, int ignore_index, float scale, float softcap, int instruction_set) -> ()");
@@ -131,6 +141,7 @@ STABLE_TORCH_LIBRARY_IMPL(loku_kernels_cpp, CompositeExplicitAutograd, library) 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(loku_kernels_cpp, CPU, library) {
+  library.impl("first_invalid_label", TORCH_BOX(&loku::first_invalid_label));
   library.impl("row_losses", TORCH_BOX(&loku::row_losses));
   library.impl("row_losses_and_gradient_", TORCH_BOX(&loku::row_losses_and_gradient_));
   library.impl("row_gradient", TORCH_BOX(&loku::row_gradient));

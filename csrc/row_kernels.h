@@ -63,6 +63,7 @@ void transform_row(const T* logits, int64_t columns, const Transform& transform,
 
 template <class T>
 void row_losses(const LossProblem& problem, int64_t first, int64_t last) {
+  const FlushSubnormals flushed;
   const int64_t columns = problem.logits.columns;
   const Scratch z(new float[problem.transform.is_identity() ? 0 : columns]);
   for (int64_t n = first; n < last; ++n) {
@@ -155,6 +156,7 @@ void stream_gradient(const T* logits, const Z* z, T* out, int64_t columns, const
 
 template <class T>
 void row_gradient(const GradientProblem& problem, int64_t first, int64_t last) {
+  const FlushSubnormals flushed;
   const int64_t columns = problem.logits.columns;
   const Scratch z(new float[problem.transform.is_identity() ? 0 : columns]);
   for (int64_t n = first; n < last; ++n) {
@@ -209,6 +211,7 @@ void loss_and_gradient(const LossProblem& problem, int64_t n, float* kept, float
 
 template <class T>
 void row_losses_and_gradient(const LossProblem& problem, int64_t first, int64_t last) {
+  const FlushSubnormals flushed;
   const int64_t columns = problem.logits.columns;
   const bool in_row = std::is_same<T, float>::value && problem.transform.is_identity();
   const Scratch scratch(new float[in_row ? 0 : columns]), references(new float[most_blocks(columns)]);

@@ -1,8 +1,8 @@
 // The runner-up of a row and the sum of the other exponentials, reading the row from memory once.
 //
-// The row is taken in pieces, or blocks, that stay in the L1 cache. A new runner-up rescales the sum so far; the piece
-// that holds the runner-up is summed without it, counting what equals it; the target is left out by splitting the row
-// around it. No part of the sum is ever taken off again, which keeps it exact when it is tiny.
+// The row is taken in pieces, or blocks, that stay in the L1 cache. A new runner-up rescales the sum so far; the target
+// is left out by splitting the row around it. The runner-up is taken off again where much else is left; elsewhere the
+// piece that holds it is summed without it, counting what equals it, which keeps the sum exact when it is tiny.
 #pragma once
 
 #include "elementary.h"
@@ -76,18 +76,21 @@ LOKU_INLINE float sum_exponentials(const T* z, int64_t begin, int64_t end, float
   return sums.total();
 }
 
-// Sums of exp(z - reference) over a piece. False where some z is larger than `reference`, and the sums are useless.
+// Sums of 2^reference.distance(z) over z[0, n). False where some z may be larger than the reference.
 template <class T>
-LOKU_INLINE bool sum_piece(const T* piece, float reference, Sums& sums) {
-  const Vector top = broadcast(reference);
-  Vector signs = broadcast(0.0f);
-  sweep_pairs_in_any_order(piece, kPiece, [&](Vector x, Vector y, int k) LOKU_LAMBDA {
-    const Vector below_x = top - x, below_y = top - y;
-    signs = bits_of_any(signs, below_x, below_y);
-    sums.sum[k] = sums.sum[k] + exponential_of_minus(below_x);
-    sums.sum[k + 1] = sums.sum[k + 1] + exponential_of_minus(below_y);
-  });
-  return !any_negative(signs);
+LOKU_INLINE bool sum_piece(const T* z, int64_t n, const Reference& reference, Sums& sums) {
+  Vector signs = broadcast(-1.0f);
+  const auto take = [&](Vector x, Vector y, int k) LOKU_LAMBDA {
+    const Vector far_x = reference.distance(x), far_y = reference.distance(y);
+    signs = bits_of_all(signs, far_x, far_y);
+    sums.sum[k] = sums.sum[k] + two_to_the(far_x);
+    sums.sum[k + 1] = sums.sum[k + 1] + two_to_the(far_y);
+  };
+  const int64_t in_pairs = n - n % (kUnroll * kWidth);
+  sweep_pairs_in_any_order(z, in_pairs, take);
+  sweep_in_any_order(z + in_pairs, n - in_pairs,
+                     [&](Vector x, int) LOKU_LAMBDA { take(x, broadcast(-INFINITY), 0); });
+  return all_negative(signs);
 }
 
 // The sum of exp(z - top) over a block whose largest z is `top`, without one of those that are equal to it.
@@ -98,8 +101,8 @@ float sum_of_others(const T* z, int64_t begin, int64_t end, float top_value, Sin
   sink.each(z, begin, end, [&](Vector x, int k) LOKU_LAMBDA {
     const Mask is_top = equal(x, top);
     const Vector e = exponential_of_minus(top - x);
-    sum[k % 2] = sum[k % 2] + select(is_top, zero, e);
-    ties = ties + select(is_top, one, zero);
+    sum[k % 2] = select(is_top, sum[k % 2], sum[k % 2] + e);
+    ties = select(is_top, ties + one, ties);
     return e;
   });
   return sum_of(sum[0] + sum[1]) + (sum_of(ties) - 1.0f);
@@ -130,51 +133,58 @@ LOKU_INLINE void take_block(const T* z, int64_t begin, int64_t end, RunnerUp& be
   best.rest += sum_of_others(z, begin, end, top, sink);
 }
 
-// What row_statistics() knows of the columns seen so far. The piece that holds the runner-up stays apart, to be summed
-// again without it when the row is done: a new runner-up then costs little more than finding it.
+// What row_statistics() knows of the columns seen so far. The piece that holds the runner-up stays apart until the row
+// is done: a new runner-up then costs little more than finding it.
 struct Search {
   float value = -INFINITY;
   int64_t begin = 0, end = 0;     // of the piece that holds it
   double rest = 0.0, held = 0.0;  // sums of exp(z - value) over the other pieces, and over this one
 };
 
-// Takes in a piece that may hold a new runner-up. `sum` is that of exp(z - finite_reference(best.value)).
-template <class T>
-void take_piece(const T* z, int64_t begin, int64_t end, double sum, Search& best) {
+// Takes in columns that may hold a new runner-up. sum() is that of exp(z - finite_reference(best.value)) over them.
+template <class T, class Sum>
+LOKU_INLINE void take_piece(const T* z, int64_t begin, int64_t end, Sum sum, Search& best) {
   constexpr float kNear = 32.0f;  // as far above its reference as a float's exponential may be summed
   const float top = maximum(z + begin, end - begin);
   if (!(top > best.value)) {
-    best.rest += sum;
+    best.rest += sum();
     return;
   }
   const double shrink = std::exp(static_cast<double>(best.value) - top);
   const double rest = (best.rest + best.held) * shrink;
   const bool near = top - best.value < kNear;
-  best = {top, begin, end, rest, near ? sum * shrink : sum_exponentials(z, begin, end, top, Discard{})};
+  best = {top, begin, end, rest, near ? sum() * shrink : sum_exponentials(z, begin, end, top, Discard{})};
 }
 
-// Takes in whole pieces, and returns where the rest of [begin, end) begins.
+// Takes in [begin, end).
 template <class T>
-int64_t take_pieces(const T* z, int64_t begin, int64_t end, Search& best) {
+void take_columns(const T* z, int64_t begin, int64_t end, Search& best) {
+  Reference reference(finite_reference(best.value));
   Sums sums;
   int64_t summed = 0;
   const auto flush = [&]() LOKU_LAMBDA {
-    best.rest += sums.total();
+    best.rest += sums.total() * reference.correction;
     sums = Sums();
     summed = 0;
   };
-  for (; end - begin >= kPiece; begin += kPiece) {
+  for (int64_t size; begin < end; begin += size) {
+    const bool is_known = best.value > -INFINITY && reference.is_usable;
+    size = least(end - begin, kPiece);
     Sums piece;
-    if (sum_piece(z + begin, finite_reference(best.value), piece) && best.value > -INFINITY) {
+    if (is_known && sum_piece(z + begin, size, reference, piece)) {
       sums.add(piece);
       if (++summed == kPiecesInASum) flush();
-    } else {
-      flush();
-      take_piece(z, begin, begin + kPiece, piece.total(), best);
+      continue;
     }
+    flush();
+    const auto sum = [&]() LOKU_LAMBDA {
+      return is_known ? piece.total() * reference.correction
+                      : sum_exponentials(z, begin, begin + size, reference.value, Discard{});
+    };
+    take_piece(z, begin, begin + size, sum, best);
+    reference = Reference(finite_reference(best.value));
   }
   flush();
-  return begin;
 }
 
 // Calls visit(begin, end) for the columns before and after the target.
@@ -199,16 +209,15 @@ template <class T>
 RunnerUp row_statistics(const T* z, int64_t columns, int64_t target) {
   Search best;
   on_both_sides(columns, target, [&](int64_t begin, int64_t end) LOKU_LAMBDA {
-    begin = take_pieces(z, begin, end, best);
-    if (begin == end) return;
-    take_piece(z, begin, end, sum_exponentials(z, begin, end, finite_reference(best.value), Discard{}), best);
+    take_columns(z, begin, end, best);
   });
   RunnerUp result(columns, target);
   result.rest = best.rest;
   if (best.value > -INFINITY) {
     result.value = best.value;
     result.index = best.begin + find(z + best.begin, best.end - best.begin, best.value);
-    result.rest += sum_of_others(z, best.begin, best.end, best.value, Discard{});
+    const double others = best.held - 1.0;
+    result.rest += best.rest + others > 1.0 ? others : sum_of_others(z, best.begin, best.end, best.value, Discard{});
   }
   return result;
 }

@@ -53,7 +53,8 @@ LOKU_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fm
 LOKU_INLINE Vector larger(Vector x, Vector y) { return _mm256_max_ps(x, y); }
 LOKU_INLINE Vector smaller(Vector x, Vector y) { return _mm256_min_ps(x, y); }
 LOKU_INLINE Vector bits_of_any(Vector x, Vector y, Vector z) { return _mm256_or_ps(_mm256_or_ps(x, y), z); }
-LOKU_INLINE bool any_negative(Vector x) { return _mm256_movemask_ps(x) != 0; }
+LOKU_INLINE Vector bits_of_all(Vector x, Vector y, Vector z) { return _mm256_and_ps(_mm256_and_ps(x, y), z); }
+LOKU_INLINE bool all_negative(Vector x) { return _mm256_movemask_ps(x) == 0xff; }
 LOKU_INLINE Vector absolute(Vector x) { return _mm256_andnot_ps(broadcast(-0.0f), x); }
 LOKU_INLINE Vector copy_sign(Vector magnitude, Vector sign) {
   return _mm256_or_ps(magnitude, _mm256_and_ps(sign, broadcast(-0.0f)));
@@ -65,8 +66,11 @@ LOKU_INLINE int first_equal(Vector x, Vector y) {
   return __builtin_ctz(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_EQ_OQ)) | 1 << kWidth);
 }
 
+constexpr bool kFusesMultiplyAdd = true;
+
 constexpr int kTableBits = 3;
-LOKU_INLINE Vector power_of_two(Vector shifted) {
+// Each entry of the table has j << (23 - kTableBits) taken off, which the addition of the whole integer brings back.
+LOKU_INLINE Vector power_of_two(Vector shifted, Vector) {
   const __m256 table = _mm256_castsi256_ps(_mm256_setr_epi32(
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7));
   const __m256i n = _mm256_castps_si256(shifted);
@@ -74,10 +78,7 @@ LOKU_INLINE Vector power_of_two(Vector shifted) {
   return _mm256_castsi256_ps(_mm256_add_epi32(fraction, _mm256_slli_epi32(n, 23 - kTableBits)));
 }
 
-// y + n ln 2 / 2^kTableBits, where y is close to minus that product.
-LOKU_INLINE Vector add_multiple_of_log2(Vector y, Vector n) {
-  return multiply_add(n, broadcast(0.693147181f / (1 << kTableBits)), y);
-}
+LOKU_INLINE Vector add_multiple_of_log2(Vector y, Vector n) { return multiply_add(n, broadcast(0.693147181f), y); }
 
 }  // namespace loku::LOKU_ISA
 

@@ -79,7 +79,12 @@ LOKU_INLINE Vector bits_of_any(Vector x, Vector y, Vector z) {
   return _mm512_castsi512_ps(
       _mm512_ternarylogic_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y), _mm512_castps_si512(z), kOr));
 }
-LOKU_INLINE bool any_negative(Vector x) { return _mm512_movepi32_mask(_mm512_castps_si512(x)) != 0; }
+LOKU_INLINE Vector bits_of_all(Vector x, Vector y, Vector z) {
+  constexpr int kAnd = 0x80;
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y), _mm512_castps_si512(z), kAnd));
+}
+LOKU_INLINE bool all_negative(Vector x) { return _mm512_movepi32_mask(_mm512_castps_si512(x)) == 0xffff; }
 LOKU_INLINE float sum_of(Vector x) { return _mm512_reduce_add_ps(x); }
 LOKU_INLINE float largest(Vector x) { return _mm512_reduce_max_ps(x); }
 LOKU_INLINE Vector absolute(Vector x) { return _mm512_abs_ps(x); }
@@ -94,25 +99,43 @@ LOKU_INLINE int first_equal(Vector x, Vector y) {
   return __builtin_ctz(_mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ) | 1u << kWidth);
 }
 
-// 2^(n / 2^kTableBits), where n is the integer in the low bits of `shifted`: the fraction's power is looked up, the
-// integer part is added to its exponent. Each table entry has i << (23 - kTableBits) taken off, which the addition of
-// n << (23 - kTableBits) brings back.
+constexpr bool kFusesMultiplyAdd = true;
+
+// While it lives, what would be subnormal is 0: forming such a number, as power_of_two can, takes over 100 cycles.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+};
+
+// 2^(j / 2^kTableBits), where the integer in the low bits of `shifted` is j modulo 2^kTableBits.
 constexpr int kTableBits = 5;
-LOKU_INLINE Vector power_of_two(Vector shifted) {
+LOKU_INLINE Vector fraction_of_power(Vector shifted) {
   const __m512 low = _mm512_castsi512_ps(_mm512_setr_epi32(
-      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
-      0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6));
+      0x3f800000, 0x3f82cd87, 0x3f85aac3, 0x3f88980f, 0x3f8b95c2, 0x3f8ea43a, 0x3f91c3d3, 0x3f94f4f0,
+      0x3f9837f0, 0x3f9b8d3a, 0x3f9ef532, 0x3fa27043, 0x3fa5fed7, 0x3fa9a15b, 0x3fad583f, 0x3fb123f6));
   const __m512 high = _mm512_castsi512_ps(_mm512_setr_epi32(
-      0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
-      0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3));
-  const __m512i n = _mm512_castps_si512(shifted);
-  const __m512i fraction = _mm512_castps_si512(_mm512_permutex2var_ps(low, n, high));
-  return _mm512_castsi512_ps(_mm512_add_epi32(fraction, _mm512_slli_epi32(n, 23 - kTableBits)));
+      0x3fb504f3, 0x3fb8fbaf, 0x3fbd08a4, 0x3fc12c4d, 0x3fc5672a, 0x3fc9b9be, 0x3fce248c, 0x3fd2a81e,
+      0x3fd744fd, 0x3fdbfbb8, 0x3fe0ccdf, 0x3fe5b907, 0x3feac0c7, 0x3fefe4ba, 0x3ff5257d, 0x3ffa83b3));
+  return _mm512_permutex2var_ps(low, _mm512_castps_si512(shifted), high);
 }
 
-// y + n ln 2 / 2^kTableBits, where y is close to minus that product.
-LOKU_INLINE Vector add_multiple_of_log2(Vector y, Vector n) {
-  return multiply_add(n, broadcast(0.693147181f / (1 << kTableBits)), y);
+// 2^n, where n is a multiple of 2^-kTableBits and `shifted` is kRounder + n.
+LOKU_INLINE Vector power_of_two(Vector shifted, Vector n) { return _mm512_scalef_ps(fraction_of_power(shifted), n); }
+
+// 2^(t - rest), for the `rest` in [0, 2^-kTableBits) that makes t - rest a multiple of that. Without a clamp: the
+// infinities leave no rest.
+LOKU_INLINE Vector split_power(Vector t, Vector& rest) {
+  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  rest = _mm512_reduce_ps(t, kTableBits << 4 | kDown);
+  const Vector shifted = _mm512_add_round_ps(t, broadcast(rounder(kTableBits)), kDown);
+  return _mm512_scalef_ps(fraction_of_power(shifted), t);
 }
+
+// y + n ln 2, where y is close to minus that product.
+LOKU_INLINE Vector add_multiple_of_log2(Vector y, Vector n) { return multiply_add(n, broadcast(0.693147181f), y); }
 
 }  // namespace loku::LOKU_ISA

@@ -20,9 +20,10 @@ LOKU_INLINE Vector larger(Vector x, Vector y) { return select(y < x, x, y); }
 LOKU_INLINE Vector smaller(Vector x, Vector y) { return select(x < y, x, y); }
 LOKU_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
 LOKU_INLINE Vector bits_of_any(Vector x, Vector y, Vector z) { return (Vector)((Bits)x | (Bits)y | (Bits)z); }
-LOKU_INLINE bool any_negative(Vector x) {
+LOKU_INLINE Vector bits_of_all(Vector x, Vector y, Vector z) { return (Vector)((Bits)x & (Bits)y & (Bits)z); }
+LOKU_INLINE bool all_negative(Vector x) {
   const Mask signs = (Mask)x >> 31;
-  return (signs[0] | signs[1] | signs[2] | signs[3]) != 0;
+  return (signs[0] & signs[1] & signs[2] & signs[3]) != 0;
 }
 LOKU_INLINE Vector absolute(Vector x) { return (Vector)((Bits)x & 0x7fffffffu); }
 LOKU_INLINE Vector copy_sign(Vector magnitude, Vector sign) {
@@ -92,10 +93,12 @@ LOKU_INLINE int first_equal(Vector x, Vector y) {
   return lane;
 }
 
-constexpr int kTableBits = 0;
-LOKU_INLINE Vector power_of_two(Vector shifted) { return (Vector)(((Bits)shifted << 23) + 0x3f800000u); }
+constexpr bool kFusesMultiplyAdd = false;
 
-// y + n ln 2, where y is close to minus that product: ln 2 in two parts, the first of which multiplies n exactly, since
+constexpr int kTableBits = 0;
+LOKU_INLINE Vector power_of_two(Vector shifted, Vector) { return (Vector)(((Bits)shifted << 23) + 0x3f800000u); }
+
+// As in simd_avx512.h, with ln 2 in two parts, the first of which multiplies n exactly, since
 // there may be no fused multiply-add.
 LOKU_INLINE Vector add_multiple_of_log2(Vector y, Vector n) {
   return (y + n * broadcast(0.693359375f)) + n * broadcast(-2.12194440e-4f);

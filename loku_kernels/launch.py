@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-# Fewer chunks mean less work of laying out the head's weight for the GEMMs, and above 32 MiB the C library takes each
-# chunk's memory from the system and returns it (smaller blocks leave holes in the heap that the next chunk does not
-# fit: up to three chunks at the peak). Page faults for it cost 3%. Two GEMMs of a frozen head in float32, ms, unchunked
-# and in chunks of 31, 64, 128 MiB, on 2 cores of Zen 5:
+# Fewer chunks mean less work of laying out the head's weight for the GEMMs. Two GEMMs of a frozen head in float32, ms,
+# unchunked and in chunks of 31, 64, 128 MiB, on 2 cores of Zen 5:
 #     (N, D, V) = (2048, 768, 50257)    918    863   990   936
 #                 (1024, 2048, 51200)  1086   1209  1081  1071
 #                 (512, 4096, 32000)    659    676   658   648

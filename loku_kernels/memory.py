@@ -18,8 +18,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-# Below this the C library keeps freed blocks by itself (its mmap threshold never rises above 32 MiB).
-_MIN_BYTES = 32 << 20
+# The C library keeps freed blocks of less than 32 MiB by itself, but in a heap where large ones leave holes that the
+# next may not fit: half of that is where its memory starts to vary.
+_MIN_BYTES = 16 << 20
 _LARGEST_WASTE = 1.25
 
 _blocks: list[mmap.mmap] = []

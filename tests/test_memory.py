@@ -86,7 +86,7 @@ def test_default_budget_covers_every_device(device_type):
     assert launch.default_chunk_bytes(device_type) > 1 << 20
 
 
-def test_default_chunks_return_to_the_system():
-    """Blocks up to 32 MiB stay in the heap, where they leave holes that the next chunk may not fit."""
+def test_default_chunks_are_not_of_the_heap():
+    """There they would leave holes that the next chunk may not fit."""
     height = launch.chunk_rows(2048, 50257, 4, launch.default_chunk_bytes("cpu"))
     assert height * 50257 * 4 > memory._MIN_BYTES

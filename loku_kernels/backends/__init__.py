@@ -58,6 +58,13 @@ def select(tensor: Tensor) -> Any:
     return _load(name)
 
 
+def first_invalid_label(labels: Tensor, vocabulary: int, ignore_index: int) -> int:
+    """The first of (N,) int64 labels on the CPU that is neither in [0, vocabulary) nor ``ignore_index``; -1 for none."""
+    if cpp.missing_reason() is None:  # a kernel where torch would take six, on every call
+        return torch.ops.loku_kernels_cpp.first_invalid_label(labels, vocabulary, ignore_index)
+    return reference.first_invalid_label(labels, vocabulary, ignore_index)
+
+
 @functools.cache
 def _default(device_type: str) -> str:
     preferred = "cpp" if device_type == "cpu" else "triton"

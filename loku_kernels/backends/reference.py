@@ -108,6 +108,12 @@ def _transformed(logits: Tensor, scale: float, softcap: float) -> Tensor:
     return softcap * torch.tanh(z / softcap) if softcap > 0 else z
 
 
+def first_invalid_label(labels: Tensor, vocabulary: int, ignore_index: int) -> int:
+    """As ``backends.first_invalid_label``."""
+    _, invalid, _ = _read_labels(labels, vocabulary, ignore_index)
+    return int(invalid.nonzero()[0]) if invalid.any() else -1
+
+
 def _read_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows are ignored, which have a label outside the vocabulary, and a column that is safe to gather."""
     ignored = labels == ignore_index

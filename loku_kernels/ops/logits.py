@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loku_kernels import memory
-from loku_kernels.backends import formulas, select
+from loku_kernels.backends import first_invalid_label, formulas, select
 from loku_kernels.backends.reference import compute_dtype
 from loku_kernels.ops._operator import operator, operator_on, refuse_gradient
 
@@ -206,9 +206,8 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Refuse labels outside the vocabulary where looking costs no synchronisation (on the CPU)."""
     if labels.device.type != "cpu":
         return
-    outside = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-    if outside.any():
-        row = int(outside.nonzero()[0])
+    row = first_invalid_label(labels, vocabulary, ignore_index)
+    if row >= 0:
         raise ValueError(
             f"labels must lie in [0, {vocabulary}) or be ignore_index ({ignore_index}), "
             f"but label {int(labels[row])} was given (row {row} of the flattened labels)"
