@@ -59,7 +59,7 @@ def select(tensor: Tensor) -> Any:
 
 
 def first_invalid_label(labels: Tensor, vocabulary: int, ignore_index: int) -> int:
-    """The first of (N,) int64 labels on the CPU that is neither in [0, vocabulary) nor ``ignore_index``; -1 for none."""
+    """The first of (N,) int64 labels on the CPU that is neither in [0, vocabulary) nor ``ignore_index``, or -1."""
     if cpp.missing_reason() is None:  # a kernel where torch would take six, on every call
         return torch.ops.loku_kernels_cpp.first_invalid_label(labels, vocabulary, ignore_index)
     return reference.first_invalid_label(labels, vocabulary, ignore_index)

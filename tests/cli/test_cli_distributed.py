@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as distributed
 from cli_setup import logged, results
 from safetensors.torch import load_file
 from two_processes import torchrun
@@ -32,3 +33,12 @@ def test_importance_is_shared_between_processes(workshop, loku, tmp_path):
     assert found.keys() == expected.keys()
     for name, weights in found.items():
         torch.testing.assert_close(weights, expected[name], rtol=1e-4, atol=0.0)
+
+
+def test_a_program_keeps_the_process_group_that_it_made(workshop, loku, tmp_path):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        loku("importance", "--model", workshop / "llama", *workshop.texts, "--output", tmp_path / "rows.safetensors")
+        assert distributed.is_initialized()
+    finally:
+        distributed.destroy_process_group()

@@ -37,18 +37,24 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    is_guest = _is_in_process_group()
     status = run_command(command.main, argv[1:])
-    if status == 0:
-        _part_from_other_processes()
+    if status == 0 and not is_guest and _is_in_process_group():
+        _leave_process_group()
     return status
 
 
-def _part_from_other_processes() -> None:
-    """Leave torchrun's process group once all are done: its threads can abort an interpreter that just ends."""
-    distributed = sys.modules.get("torch.distributed")  # a command that needed no torch should not wait for it now
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
-        distributed.destroy_process_group()
+def _is_in_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # a command that needs no torch should not wait for it
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _leave_process_group() -> None:
+    """Once all of torchrun's processes are done: the threads of a group can abort an interpreter that just ends."""
+    import torch.distributed
+
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def usage() -> str:
