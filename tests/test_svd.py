@@ -288,6 +288,25 @@ def test_one_gain_does_not_convince():
     assert 0.5**5 <= _krylov.continued_gains(geometric) <= 4 * 0.5**5
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 10.0])
+def test_coupling_adds_no_more_than_the_gain_that_is_allowed_for_it(spread):
+    """Whatever is outside the space, as long as none of its eigenvalues exceeds the least one inside."""
+    generator = torch.Generator().manual_seed(int(10 * spread))
+    for _ in range(20):
+        values = 3.0 + spread * torch.rand(6, generator=generator, dtype=torch.float64)
+        residuals = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+        bound = _krylov.coupled_gain(values, residuals.T @ residuals)
+        orthonormal, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))
+        for below in (torch.zeros(4), torch.rand(4, generator=generator), torch.tensor([0.0, 9.0, 9.0, 9.0])):
+            outside = orthonormal @ torch.diag(values.min() - below.double()) @ orthonormal.T
+            whole = torch.cat([torch.cat([values.diag(), residuals.T], 1), torch.cat([residuals, outside], 1)])
+            gain = float(torch.linalg.eigvalsh(whole)[-6:].sum() - values.sum())
+            assert gain <= bound + 1e-10
+            assert below.any() or gain == pytest.approx(bound, rel=1e-7)
+        nuclear = float(torch.linalg.svdvals(residuals).sum())
+        assert bound == pytest.approx(nuclear, rel=1e-7) if spread == 0 else bound < nuclear
+
+
 def test_iteration_that_does_not_converge_falls_back_to_the_exact_decomposition(monkeypatch):
     weight, row_weight = case("flat", 400, 500)
     weight, row_weight = weight.float(), row_weight.float()
