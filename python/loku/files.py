@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,3 +60,20 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """Indented; what JSON does not know is written as a string."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def write_json_lines(path: str | os.PathLike, lines: Iterable[Any]) -> None:
+    """A value a line."""
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_json_lines(path: str | os.PathLike) -> list[Any]:
+    """The values of a file that may not be there; a last line that was cut short is left out."""
+    values = []
+    for text in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            values.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return values

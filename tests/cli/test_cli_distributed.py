@@ -24,12 +24,12 @@ def test_torchrun_without_an_accelerator_makes_one_run_of_its_processes(workshop
 
 
 def test_importance_is_shared_between_processes(workshop, loku, tmp_path):
-    two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+    two, one = tmp_path / "two", tmp_path / "one"
     words = ["importance", "--model", workshop / "llama", *workshop.texts, "--fisher_batch_tokens", 48]
-    printed = torchrun("-m", "loku", *map(str, words), "--output", str(two))
+    printed = torchrun("-m", "loku", *map(str, words), "--output_dir", str(two))
     assert printed.count("written to") == 1
-    loku(*words, "--output", one)
-    found, expected = load_file(two), load_file(one)
+    loku(*words, "--output_dir", one)
+    found, expected = (load_file(folder / "importance.safetensors") for folder in (two, one))
     assert found.keys() == expected.keys()
     for name, weights in found.items():
         torch.testing.assert_close(weights, expected[name], rtol=1e-4, atol=0.0)
@@ -38,7 +38,7 @@ def test_importance_is_shared_between_processes(workshop, loku, tmp_path):
 def test_a_program_keeps_the_process_group_that_it_made(workshop, loku, tmp_path):
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        loku("importance", "--model", workshop / "llama", *workshop.texts, "--output", tmp_path / "rows.safetensors")
+        loku("importance", "--model", workshop / "llama", *workshop.texts, "--output_dir", tmp_path / "rows")
         assert distributed.is_initialized()
     finally:
         distributed.destroy_process_group()

@@ -131,8 +131,7 @@ def test_resume_takes_what_the_run_was_told(tmp_path):
 @pytest.mark.parametrize("preset", preset_names())
 @pytest.mark.parametrize("command", OPTIONS)
 def test_presets_parse_for_every_command(command, preset):
-    words = CPU if "output_dir" in {f.name for of in OPTIONS[command] for f in dataclasses.fields(of)} else []
-    words = [word for word in words if command != "evaluate" or word != "--use_cpu"]
+    words = CPU if "use_cpu" in {f.name for of in OPTIONS[command] for f in dataclasses.fields(of)} else []
     found = as_dict(*parse(command, OPTIONS[command], ["--preset", preset, *words], "A test."))
     assert found["model"].count("/") == 1
     if command == "unlearn":

@@ -162,8 +162,9 @@ def test_importance_file_that_is_none_or_of_another_model(unlearn_refused, works
     assert f"--importance {tmp_path / 'rows.st'}" in unlearn_refused(
         "--importance", tmp_path / "rows.st", method="loku"
     )
-    loku("importance", "--model", workshop / "phi", *workshop.questions, "--output", tmp_path / "phi.st")
-    assert "row weights" in unlearn_refused("--importance", tmp_path / "phi.st", method="loku")
+    loku("importance", "--model", workshop / "phi", *workshop.questions, "--output_dir", tmp_path / "phi")
+    file = tmp_path / "phi" / "importance.safetensors"
+    assert "row weights" in unlearn_refused("--importance", file, method="loku")
 
 
 def test_importance_that_is_not_finite(unlearn_refused, workshop, tmp_path):
@@ -185,11 +186,12 @@ def test_evaluations_that_cannot_be(workshop, refused, folder, tmp_path, monkeyp
     assert "forget05_perturbed" in refused(*words, "--benchmark", "tofu", "--forget", "forget05")  # no such file here
     assert "--forget is required" in refused(*words, "--benchmark", "tdec")
     assert "one length" in refused(*words, "--benchmark", "tdec", "--forget", workshop / "forget.jsonl")
-    assert "loku-kernels[lm-eval]" in refused(*words, "--benchmark", "lm-eval")
     np.save(tmp_path / "log.npy", np.zeros(3))
     tofu = ["--benchmark", "tofu", "--forget", "forget01"]
     assert "log.npy" in refused(*words, *tofu, "--retain_log", tmp_path / "log.npy")
     assert not folder.exists()
+    for _ in range(2):  # nothing was measured, so that it can be tried again
+        assert "loku-kernels[lm-eval]" in refused(*words, "--benchmark", "lm-eval")
 
 
 def test_exports_and_reports_of_nothing(workshop, refused, tmp_path):

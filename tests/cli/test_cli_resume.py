@@ -17,6 +17,7 @@ from cli_setup import QUICK, logged, results, same_weights
 import loku.cli.unlearn as unlearn_command
 from loku.cli import main
 from loku.training import UnlearningTrainer, last_whole_checkpoint
+from loku_kernels.fisher_accumulator import FisherAccumulator
 
 STEPS = ("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1")
 DROPOUT = ("--lora_dropout", "0.2")  # so that random numbers matter
@@ -190,17 +191,75 @@ def test_full_disk_at_the_end(workshop, loku, refused, folder, no_plots, unbroke
 
 
 def test_full_disk_leaves_earlier_files_whole(workshop, loku, refused, tmp_path, unbroken):
-    rows, exported = tmp_path / "rows.safetensors", tmp_path / "exported"
-    importance = ["importance", "--model", workshop / "llama", *workshop.questions, "--output", rows]
-    export = ["export", "--model", workshop / "llama", "--adapter", unbroken("kl") / "adapter", "--output", exported]
-    for words, file in ((importance, rows), (export, exported / "adapter_model.safetensors")):
-        loku(*words)
-        before = file.read_bytes()
-        with file_size_limit() as limit:
-            limit(1000)
-            line = refused(*words)
-        assert "cannot be written" in line and file.read_bytes() == before
-        assert not [path for path in tmp_path.rglob(".*")]  # no halves left behind
+    exported = tmp_path / "exported"
+    words = ["export", "--model", workshop / "llama", "--adapter", unbroken("kl") / "adapter", "--output", exported]
+    loku(*words)
+    file = exported / "adapter_model.safetensors"
+    before = file.read_bytes()
+    with file_size_limit() as limit:
+        limit(1000)
+        line = refused(*words)
+    assert "cannot be written" in line and file.read_bytes() == before
+    assert not [path for path in tmp_path.rglob(".*")]  # no halves left behind
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """A list of batches gone through in importance passes; one is killed before it begins number ``updates.last``."""
+
+    class Updates(list):
+        last = None
+
+    seen, original = Updates(), FisherAccumulator.update
+
+    def update(self, batch, *args):
+        if len(seen) == seen.last:
+            kill()
+        seen.append(batch)
+        return original(self, batch, *args)
+
+    monkeypatch.setattr(FisherAccumulator, "update", update)
+    return seen
+
+
+@pytest.mark.parametrize("minutes", [0, 10])
+@pytest.mark.parametrize("stop", [1, 4, 5, 7, 9])
+def test_importance_goes_on_where_it_was_broken_off(workshop, loku, tmp_path, updates, stop, minutes):
+    """Two passes over five batches, the first three of them of the forget set."""
+    words = [
+        "importance", "--model", workshop / "llama", *workshop.texts, "--fisher_batch_tokens", 48,
+        "--fisher_save_minutes", minutes, "--fisher_memory_budget", 90_000,
+    ]  # fmt: skip
+    loku(*words, "--output_dir", tmp_path / "unbroken")
+    assert len(updates) == 10
+    updates.clear()
+    broken = tmp_path / "broken"
+    updates.last = stop
+    with pytest.raises(Killed):
+        main([str(word) for word in [*words, "--output_dir", broken]])
+    updates.last = None
+    loku(*words, "--output_dir", broken, "--resume")
+    assert len(updates) == 10 + (0 if minutes == 0 else stop % 5)  # what was done twice
+    assert same_weights(broken, tmp_path / "unbroken", "importance.safetensors")
+    assert {path.name for path in broken.iterdir()} == {path.name for path in (tmp_path / "unbroken").iterdir()}
+    loku(*words, "--output_dir", broken, "--resume")
+    assert len(updates) <= 10 + stop % 5  # it was finished
+
+
+def test_importance_does_not_go_on_with_other_data(workshop, loku, refused, tmp_path, updates):
+    forget = tmp_path / "forget.jsonl"
+    forget.write_text((workshop / "forget_text.jsonl").read_text())
+    words = [
+        "importance", "--model", workshop / "llama", "--forget", forget, *workshop.texts[2:],
+        "--fisher_save_minutes", 0, "--fisher_memory_budget", 90_000, "--output_dir", tmp_path / "run",
+    ]  # fmt: skip
+    updates.last = 3
+    with pytest.raises(Killed):
+        main([str(word) for word in words])
+    updates.last = None
+    forget.write_text((workshop / "retain_text.jsonl").read_text())
+    assert "was begun with another model, other data or other settings" in refused(*words, "--resume")
+    assert "began with fila_eps" in refused(*words, "--resume", "--fila_eps", "1e-3")
 
 
 def test_a_run_cannot_go_on_with_another_adapter_or_other_data(workshop, refused, folder, no_plots):
@@ -217,3 +276,36 @@ def test_a_run_may_go_on_for_longer(workshop, loku, folder, no_plots):
     loku(*words)
     loku("unlearn", "--output_dir", folder, "--resume", "--max_steps", "6")
     assert results(folder)["steps"] == 6 and yaml.safe_load((folder / "config.yaml").read_text())["max_steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "where", "rest"),
+    [
+        ("tdec", ["--forget", "tdec[0:4]"], "loku.cli.evaluate.extraction_likelihood", 1),
+        ("tofu", ["--forget", "forget01"], "loku.evaluation.tofu._answers", 3),
+        ("perplexity", ["--text", "wikitext2:test", "full"], "loku.cli.evaluate.perplexity", 1),
+    ],
+)
+def test_evaluation_goes_on_where_it_was_broken_off(
+    workshop, loku, refused, tmp_path, monkeypatch, what, options, where, rest
+):
+    words = ["evaluate", "--model", workshop / "phi", "--benchmark", what, "--data_dir", workshop.root, *options]
+    loku(*words, "--output_dir", tmp_path / "unbroken")
+    module, _, name = where.rpartition(".")
+    original, calls = getattr(sys.modules[module], name), []
+
+    def measure_once(*args, **settings):
+        calls.append(args)
+        return original(*args, **settings) if len(calls) == 1 else kill()
+
+    monkeypatch.setattr("loku.cli.evaluate._SEQUENCES", 2)
+    monkeypatch.setattr(where, measure_once)
+    broken = tmp_path / "broken"
+    with pytest.raises(Killed):
+        main([str(word) for word in [*words, "--output_dir", broken]])
+    assert "or go on with --resume" in refused(*words, "--output_dir", broken)
+    calls.clear()
+    monkeypatch.setattr(where, lambda *args, **settings: calls.append(args) or original(*args, **settings))
+    loku(*words, "--output_dir", broken, "--resume")
+    assert len(calls) == rest  # but for what had been measured
+    assert results(broken) == results(tmp_path / "unbroken")

@@ -132,10 +132,17 @@ def test_finetune_goes_on_from_a_model(workshop, loku, folder):
 
 
 def test_importance_is_taken_by_unlearn(workshop, loku, folder, tmp_path, monkeypatch, no_plots):
-    file = tmp_path / "rows.safetensors"
-    out = loku("importance", "--model", workshop / "llama", *workshop.questions, "--output", file, "--seed", "3")
+    rows = tmp_path / "rows"
+    out = loku("importance", "--model", workshop / "llama", *workshop.questions, "--output_dir", rows, "--seed", "3")
     assert "14 modules" in out
+    file = rows / "importance.safetensors"
     state = FilaStateDict.load(file)
+    assert {path.name for path in rows.iterdir()} == {
+        "config.yaml", "versions.json", "metrics.jsonl", "results.json", "importance.safetensors"
+    }  # fmt: skip
+    assert {line["module"]: line["largest"] for line in logged(rows)} == {
+        name: float(weights.max()) for name, weights in state.items()
+    }
     assert state.importance["seconds"] > 0 and state.importance["granularity"] == "sequence"
     loku(*workshop.unlearn("loku", folder, *workshop.questions))  # computes its own
     monkeypatch.setattr("loku.cli.unlearn.row_weights", None)  # must not be computed again
@@ -269,7 +276,7 @@ def test_an_evaluation_is_not_overwritten(workshop, loku, refused, tmp_path, mon
     words = ["evaluate", "--model", str(workshop / "llama"), "--text", str(workshop / "forget.jsonl")]
     loku(*words)
     line = refused(*words)
-    assert "evaluation holds a run already" in line and "--resume" not in line
+    assert "evaluation holds a run already" in line and "--resume" in line
 
 
 def test_weights_are_stored_in_the_dtype_asked_for(workshop, loku, tmp_path, no_plots):

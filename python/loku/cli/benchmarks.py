@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
@@ -157,9 +158,10 @@ def measure_tofu(
     sources: Tokenised,
     splits: Mapping[str, str],
     limit: int | None,
+    output: Path | None = None,
     show_progress_bar: bool = False,
 ) -> TofuLog:
-    """TOFU's log of `tofu_sources`."""
+    """TOFU's log of `tofu_sources`, to ``output``, whose parts are not measured again."""
     with blaming("tofu"):
         return evaluate_tofu(
             model,
@@ -169,6 +171,8 @@ def measure_tofu(
             data_dir=sources.data_dir,
             limit=limit,
             max_length=min(TOFU_LENGTH, sources.max_length),
+            output=output,
+            resume=True,
             show_progress_bar=show_progress_bar,
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -84,6 +85,17 @@ def importance_batches(
     size = min(len(retain), len(forget) if retain_size is None else retain_size)
     drawn = random.Random(seed).sample(list(retain), size)
     return tuple(_batches(examples, tokens, pad) for examples in (forget, drawn))
+
+
+def digest(data: Iterable[Sequence[Mapping[str, Tensor]]]) -> str:
+    """16 hexadecimal digits of everything in the batches of some data sets."""
+    found = hashlib.sha256()
+    for batches in data:
+        for batch in batches:
+            for key, value in batch.items():
+                found.update(f"{key} {tuple(value.shape)} {value.flatten().tolist()}\n".encode())
+        found.update(b"end of a set\n")
+    return found.hexdigest()[:16]
 
 
 def _batches(examples: Sequence[Example], tokens: int, pad: int) -> list[dict[str, Tensor]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from loku.cli.benchmarks import measure_tofu, sequences_of, tofu_log, tofu_sources
 from loku.cli.data import Tokenised
@@ -16,12 +18,16 @@ from loku.cli.models import load_model, load_tokenizer
 from loku.cli.options import DataOptions, ModelOptions, as_dict, option, parse
 from loku.cli.run_folder import RunFolder
 from loku.evaluation import (
+    NINE_TASKS,
     aggregate_tofu,
-    evaluate_tdec,
+    extraction_likelihood,
     lm_eval_tasks,
+    memorization_accuracy,
     perplexity,
-    write_log,
 )
+
+_SEQUENCES = 32  # measured between two writings
+_WHERE = {"data_dir", "output_dir", "resume", "retain_log"}  # may change when a run goes on
 
 
 @dataclass
@@ -34,19 +40,21 @@ class EvaluateRun:
     retain_log: str | None = option(None, "tofu: log of the model trained without the forget set, for forget quality")
     definition: Literal["tofu", "open-unlearning"] = option("tofu", "whose definition of TOFU's aggregates")
     limit: int | None = option(300, "tofu: most samples of each task; 300 as published")
-    output_dir: str = option("evaluation", "folder for results.json, and TOFU's log")
+    output_dir: str = option("evaluation", "folder for results.json, metrics.jsonl, and TOFU's log")
+    resume: bool = option(False, "go on from what is in output_dir")
 
 
 def main(argv: list[str]) -> None:
     """Measure a model, with an adapter on it where one is given."""
     options = parse("evaluate", [ModelOptions, DataOptions, EvaluateRun], argv, main.__doc__)
     model_options, data_options, evaluate = options
-    measure = _MEASURES[evaluate.benchmark]
-    run = RunFolder(evaluate.output_dir)
+    run = RunFolder(evaluate.output_dir, evaluate.resume)
     tokenizer, model = load_tokenizer(model_options), load_model(model_options)
     sources = Tokenised.of(data_options, tokenizer, model)
-    metrics = measure(model, sources, evaluate, run.path)
-    run.begin(as_dict(*options))
+    measure = _MEASURES[evaluate.benchmark](model, sources, evaluate, run)
+    config = as_dict(*options)
+    run.begin(config, config.keys() - _WHERE)
+    metrics = measure()
     run.write_results({"after": metrics})
     table = Table("metric", "value")
     for name, value in metrics.items():
@@ -54,34 +62,66 @@ def main(argv: list[str]) -> None:
     Console().print(table)
 
 
-def _tofu(model, sources: Tokenised, evaluate: EvaluateRun, folder: Path) -> dict[str, float | None]:
+Measure = Callable[[], dict[str, float | None]]
+
+
+def _tofu(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRun, run: RunFolder) -> Measure:
     splits = tofu_sources(evaluate.forget, sources)
     retain_log = None if evaluate.retain_log is None else tofu_log(evaluate.retain_log)
-    log = measure_tofu(model, sources, splits, evaluate.limit, show_progress_bar=True)
-    write_log(log, folder / "eval_log_aggregated.json")
-    with blaming(f"--retain_log {evaluate.retain_log}"):
-        return aggregate_tofu(log, retain_log, evaluate.definition)
+
+    def measure() -> dict[str, float | None]:
+        output = run / "eval_log_aggregated.json"
+        log = measure_tofu(model, sources, splits, evaluate.limit, output, show_progress_bar=True)
+        with blaming(f"--retain_log {evaluate.retain_log}"):
+            return aggregate_tofu(log, retain_log, evaluate.definition)
+
+    return measure
 
 
-def _tdec(model, sources: Tokenised, evaluate: EvaluateRun, folder: Path) -> dict[str, float]:
+def _tdec(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRun, run: RunFolder) -> Measure:
     if evaluate.forget is None:
         raise CommandError("--forget is required: the sequences, such as tdec[0:32]")
     sequences = sequences_of(sources.examples(evaluate.forget), evaluate.forget)
-    return evaluate_tdec(model, sequences, show_progress_bar=True)
+
+    def measure() -> dict[str, float]:
+        for part in sequences[len(run.lines()) :].split(_SEQUENCES):
+            accuracies = memorization_accuracy(model, part).tolist()
+            likelihoods = extraction_likelihood(model, part, show_progress_bar=True).tolist()
+            for ma, el in zip(accuracies, likelihoods, strict=True):
+                run.add_line({"ma": ma, "el_10": el})
+        return {name: fmean(line[name] for line in run.lines()) for name in ("ma", "el_10")}
+
+    return measure
 
 
-def _perplexity(model, sources: Tokenised, evaluate: EvaluateRun, folder: Path) -> dict[str, float]:
+def _perplexity(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRun, run: RunFolder) -> Measure:
     if not evaluate.text:
         raise CommandError("--text is required: sources such as wikitext2:test")
-    return {
-        f"{source} perplexity": perplexity(model, sources.examples(source), show_progress_bar=True)
-        for source in evaluate.text
-    }
+
+    examples = {source: sources.examples(source) for source in evaluate.text}
+
+    def of(source: str) -> float:
+        return perplexity(model, examples[source], show_progress_bar=True)
+
+    return lambda: {f"{source} perplexity": value for source, value in _each(evaluate.text, of, run).items()}
 
 
-def _lm_eval(model, sources: Tokenised, evaluate: EvaluateRun, folder: Path) -> dict[str, float]:
-    with blaming(None, ImportError):
-        return lm_eval_tasks(model, sources.tokenizer)
+def _lm_eval(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRun, run: RunFolder) -> Measure:
+    def accuracy(task: str) -> float:
+        with blaming(None, ImportError):
+            return lm_eval_tasks(model, sources.tokenizer, [task])[task]
+
+    return lambda: _each(NINE_TASKS, accuracy, run)
+
+
+def _each(names: Sequence[str], measure: Callable[[str], float], run: RunFolder) -> dict[str, float]:
+    """Name -> value, a line each in the run's metrics; what has its line is not measured again."""
+    found = {line["name"]: line["value"] for line in run.lines()}
+    for name in names:
+        if name not in found:
+            found[name] = measure(name)
+            run.add_line({"name": name, "value": found[name]})
+    return found
 
 
 _MEASURES = {"tofu": _tofu, "tdec": _tdec, "perplexity": _perplexity, "lm-eval": _lm_eval}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch import distributed
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
-from loku.cli.data import Tokenised, importance_batches
+from loku.cli.data import Tokenised, digest, importance_batches
 from loku.cli.errors import CommandError, blaming
 from loku.cli.models import load_model, load_tokenizer, lora_config
 from loku.cli.options import (
@@ -19,11 +19,16 @@ from loku.cli.options import (
     DataOptions,
     ImportanceOptions,
     ModelOptions,
+    as_dict,
     option,
     parse,
 )
+from loku.cli.run_folder import RunFolder
 from loku.data import Example
-from loku.fila import FilaConfig, FilaStateDict, get_fila_state_dict
+from loku.fila import FilaConfig, FilaStateDict, ImportanceCheckpoint, get_fila_state_dict
+from loku.files import write_json_lines
+
+_WHERE = {"data_dir", "fisher_save_minutes", "importance", "output_dir", "resume"}  # may change when a run goes on
 
 
 @dataclass
@@ -32,8 +37,9 @@ class ImportanceRun:
 
     forget: str | None = option(None, "source of what must be forgotten: a TOFU split, tdec[0:32], or a .jsonl file")
     retain: str | None = option(None, "source of what must be kept")
-    output: str = option("importance.safetensors", "file of row weights to write")
+    output_dir: str = option("importance", "folder for importance.safetensors, and a line a module in metrics.jsonl")
     seed: int = option(0, "which retain examples are drawn")
+    resume: bool = option(False, "go on from what is in output_dir")
 
 
 def fila_config(options: ImportanceOptions) -> FilaConfig:
@@ -55,39 +61,62 @@ def row_weights(
     options: ImportanceOptions,
     pad: int,
     seed: int,
+    path: Path,
     show_progress_bar: bool = True,
 ) -> FilaStateDict:
-    """The importance pass on the base model; under torch.distributed each rank takes its share of the batches.
+    """The importance pass on the base model, to ``path``; under torch.distributed each rank takes its share of the
+    batches.
 
-    The seconds that it takes are kept with the row weights, in ``importance["seconds"]``.
+    The seconds that it takes are kept with the row weights, in ``importance["seconds"]``: those of its last start.
     """
     started = time.perf_counter()
     data = importance_batches(forget, retain, options.fisher_retain_size, options.fisher_batch_tokens, pad, seed)
+    checkpoint = ImportanceCheckpoint(
+        path.with_name(f"{path.stem}-begun.safetensors"), 60 * options.fisher_save_minutes, digest(data)
+    )
     if distributed.is_available() and distributed.is_initialized():
         rank, ranks = distributed.get_rank(), distributed.get_world_size()
         # Where a rank would be left without any, all do all of it: F is a mean, so that is the same.
         data = tuple(batches[rank::ranks] if len(batches) >= ranks else batches for batches in data)
     peft_config = lora_config(model, adapter)
+    settings = {"peft_config": peft_config, "show_progress_bar": show_progress_bar, "checkpoint": checkpoint}
     with blaming("importance", FloatingPointError):  # gradients that are not finite, or zero throughout
-        state = get_fila_state_dict(
-            model, *data, fila_config(options), peft_config=peft_config, show_progress_bar=show_progress_bar
-        )
+        state = get_fila_state_dict(model, *data, fila_config(options), **settings)
     state.importance["seconds"] = round(time.perf_counter() - started, 3)
+    if PartialState().is_main_process:
+        state.save(path)
+        checkpoint.remove()
     return state
 
 
 def main(argv: list[str]) -> None:
     """Compute F_forget and F_retain of a model, and write sqrt(sum_j F_forget / (eps + F_retain)) of every row."""
     types = [ModelOptions, DataOptions, AdapterOptions, ImportanceOptions, ImportanceRun]
-    model_options, data, adapter, options, run = parse("importance", types, argv, main.__doc__)
+    parsed = parse("importance", types, argv, main.__doc__)
+    model_options, data, adapter, options, asked = parsed
     for name in ("forget", "retain"):
-        if getattr(run, name) is None:
+        if getattr(asked, name) is None:
             raise CommandError(f"--{name} is required: a TOFU split, tdec[0:32], or a .jsonl file")
     first = PartialState(cpu=not torch.cuda.is_available()).is_main_process  # of torchrun's processes, who now can talk
+    run = RunFolder(asked.output_dir, asked.resume, writes=first)
     tokenizer, model = load_tokenizer(model_options), load_model(model_options)
     sources = Tokenised.of(data, tokenizer, model)
-    forget, retain = sources.examples(run.forget), sources.examples(run.retain)
-    state = row_weights(model, forget, retain, adapter, options, tokenizer.pad_token_id, run.seed, first)
+    forget, retain = sources.examples(asked.forget), sources.examples(asked.retain)
+    config = as_dict(*parsed)
+    run.begin(config, config.keys() - _WHERE)
+    path = run / "importance.safetensors"
+    if path.exists():
+        state = FilaStateDict.load(path)
+    else:
+        state = row_weights(model, forget, retain, adapter, options, tokenizer.pad_token_id, asked.seed, path, first)
     if first:
-        state.save(run.output)
-        print(f"row weights of {len(state)} modules written to {Path(run.output)}")
+        write_json_lines(run / "metrics.jsonl", map(_line, state.items()))
+        run.write_results({"modules": len(state), "seconds": state.importance["seconds"]})
+        print(f"row weights of {len(state)} modules written to {path}")
+
+
+def _line(item: tuple[str, Tensor]) -> dict[str, object]:
+    """What the weights of a module's rows are like."""
+    name, weights = item
+    spread = {"least": weights.min(), "median": weights.median(), "largest": weights.max()}
+    return {"module": name, "rows": len(weights), **{which: float(value) for which, value in spread.items()}}

@@ -69,13 +69,14 @@ class ImportanceOptions:
 
     _argument_group_name = "importance, for methods with FILA"
 
-    importance: str | None = option(None, "file of row weights that `loku importance` wrote; computed if not given")
+    importance: str | None = option(None, "importance.safetensors of `loku importance`; computed if not given")
     fila_mode: Literal["residual", "shadow"] = option("residual", "how the initial factors leave the base model")
     fila_eps: float = option(1e-5, "eps in F_forget / (eps + F_retain)")
     fila_eps_mode: Literal["absolute", "relative"] = option("absolute", "eps as it is, or times the mean of F_retain")
     fisher_granularity: Literal["sequence", "token", "batch"] = option("sequence", "what is squared")
     fisher_memory_budget: int | None = option(None, "bytes for Fisher matrices; where too few, more passes")
     fisher_batch_tokens: int = option(2048, "tokens of one batch of the importance pass")
+    fisher_save_minutes: float = option(10.0, "time between writing the Fisher sums, for a pass that is broken off")
     fisher_retain_size: int | None = option(None, "retain examples for F_retain; by default as many as forget examples")
 
 

@@ -14,11 +14,13 @@ from transformers import TrainerState
 from loku.cli.errors import CommandError
 from loku.cli.options import read_mapping
 from loku.fila.progress import peak_memory
-from loku.files import replacing, write_json
+from loku.files import read_json_lines, replacing, write_json, write_json_lines
 from loku.provenance import commit, hardware, versions
 from loku.report import Run
 
-_EVIDENCE = ("importance.safetensors", "metrics.jsonl", "results.json", "checkpoint-*", "adapter", "model")
+_EVIDENCE = (
+    "importance*.safetensors*", "eval_log*.json", "metrics.jsonl", "results.json", "checkpoint-*", "adapter", "model"
+)  # fmt: skip
 _PACKAGES = ("loku-kernels", "torch", "transformers", "peft", "accelerate", "triton")
 
 
@@ -28,16 +30,17 @@ class RunFolder:
     Of several processes one ``writes``; the others read what it wrote.
 
     Args:
-        resume: whether to go on with what is there; None for a command that cannot.
+        resume: whether to go on with what is there.
 
     Raises CommandError if ``path`` holds a run already and ``resume`` is not asked for.
     """
 
-    def __init__(self, path: str | os.PathLike, resume: bool | None = None, writes: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike, resume: bool = False, writes: bool = True) -> None:
         self.path, self.writes = Path(path), writes
         if writes and not resume and self._holds_a_run():
-            advice = "choose another folder" + ("" if resume is None else ", or go on with --resume")
-            raise CommandError(f"--output_dir {self.path} holds a run already: {advice}")
+            raise CommandError(
+                f"--output_dir {self.path} holds a run already: choose another folder, or go on with --resume"
+            )
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -65,6 +68,13 @@ class RunFolder:
     def _holds_a_run(self) -> bool:
         """Not where a start came to nothing: it may be tried again."""
         return (self / "config.yaml").exists() and any(any(self.path.glob(name)) for name in _EVIDENCE)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The metrics so far, in order."""
+        return read_json_lines(self / "metrics.jsonl")
+
+    def add_line(self, metrics: Mapping[str, Any]) -> None:
+        write_json_lines(self / "metrics.jsonl", [*self.lines(), metrics])
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         write_json(self / "results.json", results)

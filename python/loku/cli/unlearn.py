@@ -31,7 +31,8 @@ from loku.files import filling
 from loku.report import Run, summary_table, write_report
 from loku.training import EvaluationCallback, JsonLinesCallback, UnlearnConfig, UnlearningTrainer, last_whole_checkpoint
 
-_WHERE = {"data_dir", "importance", "resume"}  # where files are and how a run starts may change when it goes on
+# Where files are, when they are written and how a run starts may change when it goes on.
+_WHERE = {"data_dir", "fisher_save_minutes", "importance", "resume"}
 
 
 @dataclass
@@ -148,11 +149,7 @@ def _row_weights(
     if path.exists():
         with blaming(f"--importance {path}"):
             return FilaStateDict.load(path)
-    show = not args.disable_tqdm
-    state = row_weights(model, data.forget, data.retain, adapter, options, pad, args.seed, show_progress_bar=show)
-    if args.process_index == 0:
-        state.save(run / "importance.safetensors")
-    return state
+    return row_weights(model, data.forget, data.retain, adapter, options, pad, args.seed, path, not args.disable_tqdm)
 
 
 def _finish(run: RunFolder, benchmark: Benchmark, trainer: UnlearningTrainer, costs: dict[str, float]) -> None:

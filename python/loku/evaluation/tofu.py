@@ -15,7 +15,7 @@ from loku.data.prompts import PROMPTS, PromptTemplate, prompt_for
 from loku.data.records import load_records
 from loku.evaluation.generation import generate_greedily, rouge_recall
 from loku.evaluation.losses import sequence_losses
-from loku.evaluation.tofu_log import TASKS, TofuLog, write_log
+from loku.evaluation.tofu_log import TASKS, TofuLog, read_log, write_log
 from loku.inference import context_length
 
 SOURCES = {
@@ -38,6 +38,7 @@ def evaluate_tofu(
     max_length: int = 200,
     batch_size: int = 32,
     output: str | os.PathLike | None = None,
+    resume: bool = False,
     show_progress_bar: bool = False,
 ) -> TofuLog:
     """The evaluation of TOFU (arXiv 2401.06121, section 2.2), for `aggregate_tofu`.
@@ -55,7 +56,8 @@ def evaluate_tofu(
         limit: the first so many samples of each part, 300 as published; None for all.
         max_length: most tokens of a question with its generated answer, 200 as published.
         batch_size: questions answered at once.
-        output: file that the log is written to.
+        output: file that the log is written to, after every part.
+        resume: keep the parts that ``output`` holds already.
 
     Returns:
         Task -> metric -> sample's index as a string -> value, with the tasks' and metrics' published names.
@@ -67,16 +69,16 @@ def evaluate_tofu(
     if not sources or not set(sources) <= set(TASKS):
         raise ValueError(f"sources must have some of the parts {', '.join(TASKS)}, got {', '.join(sources) or 'none'}")
     template = _template(prompt, model)
-    log = {}
-    for part in (part for part in TASKS if part in sources):
+    log = read_log(output) if resume and output is not None and os.path.exists(output) else {}
+    for part in (part for part in TASKS if part in sources and TASKS[part] not in log):
         records = [_checked(record, part, i) for i, record in enumerate(load_records(sources[part], data_dir)[:limit])]
         metrics = {
             **_answers(model, tokenizer, template, records, part, max_length, batch_size, show_progress_bar),
             **_likelihoods(model, tokenizer, template, records, part, show_progress_bar),
         }
         log[TASKS[part]] = {name: {str(i): value for i, value in enumerate(metrics[name])} for name in metrics}
-    if output is not None:
-        write_log(log, output)
+        if output is not None:
+            write_log(log, output)
     return log
 
 

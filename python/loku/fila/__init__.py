@@ -8,6 +8,7 @@ initialize_lora_fila_weights(model, state)
 save_fila_adapter(model, "adapter")                                        # loads with PEFT on the unmodified base
 """
 
+from loku.fila.checkpoint import ImportanceCheckpoint
 from loku.fila.config import FilaConfig
 from loku.fila.importance import get_fila_state_dict
 from loku.fila.initialise import initialize_lora_fila_weights
@@ -18,6 +19,7 @@ from loku.fila.state import FilaStateDict
 __all__ = [
     "FilaConfig",
     "FilaStateDict",
+    "ImportanceCheckpoint",
     "get_fila_state_dict",
     "initialize_lora_fila_weights",
     "load_fila_adapter",

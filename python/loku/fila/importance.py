@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loku.fila.checkpoint import ImportanceCheckpoint
 from loku.fila.config import FilaConfig
 from loku.fila.fingerprint import fingerprint
 from loku.fila.progress import progress
@@ -33,6 +34,7 @@ def get_fila_state_dict(
     peft_config: LoraConfig | None = None,
     adapter_name: str = "default",
     show_progress_bar: bool = True,
+    checkpoint: ImportanceCheckpoint | None = None,
 ) -> FilaStateDict:
     """Row weights d_i = sqrt(sum_j F_f / (eps + F_r)) of each module that an adapter adapts: FILA's expensive part.
 
@@ -46,11 +48,14 @@ def get_fila_state_dict(
         forget_dataloader, retain_dataloader: batches as the model takes them, with ``labels``, padded or packed;
             they are moved to the model's device. Gone through once a group of modules, so an iterator allows one
             group only.
+        checkpoint: files from which a pass that was broken off goes on, if it is called again with equal batches in the
+            same order. The caller removes them.
 
     Raises:
         ValueError: the target modules cannot be told; batches lack labels; a data set is empty; an iterator would have
             to be gone through twice; memory_budget is too small for one module; a module's Fisher information is zero
-            throughout on either data set, which is to say that the data never reached it.
+            throughout on either data set, which is to say that the data never reached it; the checkpoint belongs to
+            another model, other data or settings.
         FloatingPointError: NaN or infinite gradients, with the module's name.
 
     Memory: two float32 matrices of each module's shape, within ``config.memory_budget`` by groups of modules.
@@ -70,13 +75,23 @@ def get_fila_state_dict(
     passes = accumulators["forget"].passes
     _check_passes(data, passes, config.memory_budget)
     as_base_model = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    if checkpoint is not None:
+        checkpoint.load_finished(state)
     with as_base_model, without_dropout(model), accumulators["forget"] as forget, accumulators["retain"] as retain:
         for number, (group, _) in enumerate(zip(forget.groups(), retain.groups(), strict=True), start=1):
+            if all(name in state for name in group):
+                continue
+            done = dict.fromkeys(data, 0) if checkpoint is None else checkpoint.load_sums(group, accumulators)
             for which, batches in data.items():
                 what = f"{which} importance" + (f", pass {number} of {passes}" if passes > 1 else "")
                 bar = progress(batches, what, "batch", show_progress_bar, modules=len(group))
-                _accumulate(accumulators[which], bar, which, device)
+                for count in _accumulate(accumulators[which], bar, which, device, done[which]):
+                    done[which] = count
+                    if checkpoint is not None:
+                        checkpoint.keep_sums(group, accumulators, done)
             state.update(_row_weights(modules, forget.fisher, retain.fisher, config))
+            if checkpoint is not None:
+                checkpoint.finish_group(state)
     return state
 
 
@@ -96,14 +111,19 @@ def _loss_from_hidden_states(base: nn.Module, inputs: Mapping, targets: Tensor) 
         return fused_linear_cross_entropy(hidden, head.weight, targets, rows=scored, reduction="sum", **transform)
 
 
-def _accumulate(accumulator: FisherAccumulator, batches: Iterable[Mapping], which: str, device: torch.device) -> None:
-    empty = True
-    for batch in batches:
+def _accumulate(
+    accumulator: FisherAccumulator, batches: Iterable[Mapping], which: str, device: torch.device, done: int
+) -> Iterator[int]:
+    """Takes in all batches but the first ``done``, and yields after each how many are in."""
+    count = 0
+    for count, batch in enumerate(batches, start=1):
+        if count <= done:
+            continue
         if "labels" not in batch:
             raise ValueError(f"the batches of {which}_dataloader must have labels, got {sorted(batch)}")
         accumulator.update({key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
-        empty = False
-    if empty:
+        yield count
+    if count == 0:
         raise ValueError(f"{which}_dataloader has no batches")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loku.files import replacing, writing
+from loku.files import read_json_lines, write_json_lines, writing
 from loku.inference import evaluation_mode
 
 
@@ -34,9 +34,12 @@ class JsonLinesCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        kept = [line for line in self._lines() if line["step"] <= state.global_step] if state.global_step else []
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = (
+            [line for line in read_json_lines(self.path) if line["step"] <= state.global_step]
+            if state.global_step
+            else []
+        )
+        write_json_lines(self.path, kept)
         self._begin = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
 
     def on_log(
@@ -54,16 +57,6 @@ class JsonLinesCallback(TrainerCallback):
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
-
-    def _lines(self) -> list[dict[str, Any]]:
-        """What is there; a last line that was cut short is left out."""
-        lines = []
-        for text in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return lines
 
 
 class EvaluationCallback(TrainerCallback):
