@@ -61,13 +61,13 @@ struct Reference {
   static constexpr float kLog2E = 1.44269504f;
 
   float value;
-  bool is_usable;  // whether the exponent is finite
+  bool is_usable;  // where rounding the exponent shifts by less than 1
   float exponent;
   double correction;
 
   explicit Reference(float top)
       : value(top),
-        is_usable(std::fabs(top) < 2e38f),
+        is_usable(std::fabs(top) < 1e7f),
         exponent(top * kLog2E),
         correction(kFusesMultiplyAdd && is_usable ? std::exp2(exponent - static_cast<double>(top) * kLog2E) : 1.0) {}
 

@@ -123,7 +123,7 @@ LOKU_INLINE Vector fraction_of_power(Vector shifted) {
   return _mm512_permutex2var_ps(low, _mm512_castps_si512(shifted), high);
 }
 
-// 2^n, where n is a multiple of 2^-kTableBits and `shifted` is kRounder + n.
+// 2^n, where n is a multiple of 2^-kTableBits and `shifted` is rounder(kTableBits) + n.
 LOKU_INLINE Vector power_of_two(Vector shifted, Vector n) { return _mm512_scalef_ps(fraction_of_power(shifted), n); }
 
 // 2^(t - rest), for the `rest` in [0, 2^-kTableBits) that makes t - rest a multiple of that. Without a clamp: the

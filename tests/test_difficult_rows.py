@@ -153,6 +153,16 @@ def test_rows_far_from_zero(backend, device, offset):
     torch.testing.assert_close(ours[1], truth[1], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("offset", [-1e30, -1e15, 1e8, 1e10, 1e20, 1e36])
+def test_rows_so_far_that_neighbours_differ_by_more_than_one(backend, device, offset):
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(0, 5, (4, 5000), generator=generator) * abs(offset) * 2.0**-22
+    logits = (offset + steps).to(device)
+    labels = torch.tensor([0, 700, 4999, 12], device=device)
+    loss = lk.fused_ihl(logits, labels, reduction="none")
+    torch.testing.assert_close(loss.double(), eager_ihl(logits.double(), labels), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_largest_numbers_in_long_rows(backend, device, dtype):
     """Forbidden tokens are often given the smallest number there is, and their ties count."""
