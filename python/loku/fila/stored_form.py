@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from loku.fila.factors import Factors
 from loku.files import write_json
@@ -77,7 +78,7 @@ def initial_factors(A: Tensor, B: Tensor) -> Factors:
 
 
 def _store(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object, *, dim: int, sign: int) -> None:
-    trained = state[f"{prefix}weight"].detach()
+    trained = _whole(state[f"{prefix}weight"].detach())
     state[f"{prefix}weight"] = torch.cat([trained, sign * module.initial.to(trained)], dim=dim)
 
 
@@ -85,7 +86,8 @@ def _restore(module, state, prefix, _metadata, _strict, _missing, _unexpected, e
     key = f"{prefix}weight"
     if key not in state:
         return
-    stored, state[key] = state[key], module.weight.detach()
+    weight = module.weight.detach()
+    stored, state[key] = _whole(state[key]), weight
     if stored.shape[dim] != 2 * module.weight.shape[dim]:
         errors.append(
             f"{key} must have the shape of a stored FILA adapter, {2 * module.weight.shape[dim]} in dimension {dim} "
@@ -99,4 +101,11 @@ def _restore(module, state, prefix, _metadata, _strict, _missing, _unexpected, e
             "base. Go on from it with loku.fila.load_fila_adapter on the unmodified base model."
         )
         return
+    if isinstance(weight, DTensor):
+        trained = distribute_tensor(trained, weight.device_mesh, weight.placements)
     state[key] = trained
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP has sharded, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
