@@ -203,6 +203,18 @@ def test_full_disk_leaves_earlier_files_whole(workshop, loku, refused, tmp_path,
     assert not [path for path in tmp_path.rglob(".*")]  # no halves left behind
 
 
+@pytest.mark.parametrize("minutes", [0, 10])
+def test_full_disk_in_an_importance_pass(workshop, loku, refused, tmp_path, minutes):
+    words = ["importance", "--model", workshop / "llama", *workshop.texts, "--fisher_save_minutes", minutes]
+    loku(*words, "--output_dir", tmp_path / "unbroken")
+    with file_size_limit() as limit:
+        limit(1500 if minutes == 0 else 4000)
+        assert "cannot be written" in refused(*words, "--output_dir", tmp_path / "full")
+    assert not [path for path in tmp_path.rglob(".*")]  # no halves left behind
+    loku(*words, "--output_dir", tmp_path / "full", "--resume")
+    assert same_weights(tmp_path / "full", tmp_path / "unbroken", "importance.safetensors")
+
+
 @pytest.fixture
 def updates(monkeypatch):
     """A list of batches gone through in importance passes; one is killed before it begins number ``updates.last``."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 _SHOW = "LOKU_TRACEBACK"
 
@@ -45,7 +46,8 @@ def run_command(command: Callable[[list[str]], None], argv: list[str]) -> int:
     except (CommandError, OSError) as error:
         if os.environ.get(_SHOW, "0") != "0":
             raise
-        print(f"loku: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # A progress bar that was broken off may still be open: the message takes a line of its own.
+        tqdm.write(f"loku: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("loku: interrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, distributed
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loku.cli.data import Tokenised, digest, importance_batches
@@ -26,6 +26,7 @@ from loku.cli.options import (
 from loku.cli.run_folder import RunFolder
 from loku.data import Example
 from loku.fila import FilaConfig, FilaStateDict, ImportanceCheckpoint, get_fila_state_dict
+from loku.fila.checkpoint import rank_and_ranks
 from loku.files import write_json_lines
 
 _WHERE = {"data_dir", "fisher_save_minutes", "importance", "output_dir", "resume"}  # may change when a run goes on
@@ -74,10 +75,9 @@ def row_weights(
     checkpoint = ImportanceCheckpoint(
         path.with_name(f"{path.stem}-begun.safetensors"), 60 * options.fisher_save_minutes, digest(data)
     )
-    if distributed.is_available() and distributed.is_initialized():
-        rank, ranks = distributed.get_rank(), distributed.get_world_size()
-        # Where a rank would be left without any, all do all of it: F is a mean, so that is the same.
-        data = tuple(batches[rank::ranks] if len(batches) >= ranks else batches for batches in data)
+    rank, ranks = rank_and_ranks()
+    # Where a rank would be left without any, all do all of it: F is a mean, so that is the same.
+    data = tuple(batches[rank::ranks] if len(batches) >= ranks else batches for batches in data)
     peft_config = lora_config(model, adapter)
     settings = {"peft_config": peft_config, "show_progress_bar": show_progress_bar, "checkpoint": checkpoint}
     with blaming("importance", FloatingPointError):  # gradients that are not finite, or zero throughout

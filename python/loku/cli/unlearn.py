@@ -27,6 +27,7 @@ from loku.cli.options import (
 from loku.cli.run_folder import RunFolder, costs_of
 from loku.data import Example, Role
 from loku.fila import FilaStateDict, initialize_lora_fila_weights, save_fila_adapter
+from loku.fila.stored_form import has_fila
 from loku.files import filling
 from loku.report import Run, summary_table, write_report
 from loku.training import EvaluationCallback, JsonLinesCallback, UnlearnConfig, UnlearningTrainer, last_whole_checkpoint
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> None:
 
 def save_adapter(model: PeftModel, path: Path) -> None:
     """For ``PeftModel.from_pretrained`` on the unmodified base model, whatever the method."""
-    if hasattr(model.peft_config["default"], "record"):  # FILA was applied
+    if has_fila(model):
         save_fila_adapter(model, path)
     else:
         with filling(path) as folder:

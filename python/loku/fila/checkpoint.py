@@ -74,7 +74,7 @@ class ImportanceCheckpoint:
         self._written = time.monotonic()
 
     def finish_group(self, state: FilaStateDict) -> None:
-        if _rank_and_ranks()[0] == 0:
+        if rank_and_ranks()[0] == 0:
             state.save(self.path)
         self._sums.unlink(missing_ok=True)
 
@@ -84,13 +84,14 @@ class ImportanceCheckpoint:
 
     @property
     def _sums(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.sums-{_rank_and_ranks()[0]}")
+        return self.path.with_name(f"{self.path.name}.sums-{rank_and_ranks()[0]}")
 
     def _identity(self, group: Sequence[str]) -> str:
-        return json.dumps([self.data, _rank_and_ranks()[1], list(group)])
+        return json.dumps([self.data, rank_and_ranks()[1], list(group)])
 
 
-def _rank_and_ranks() -> tuple[int, int]:
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's number, and how many there are under torch.distributed."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1

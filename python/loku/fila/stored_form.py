@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -54,6 +54,12 @@ class FilaLoraConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         super().save_pretrained(save_directory, **kwargs)
         write_json(Path(save_directory, RECORD_NAME), self.record)
+
+
+def has_fila(model: nn.Module) -> bool:
+    """Whether an adapter of the model was started by FILA."""
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    return any(isinstance(config, FilaLoraConfig) for config in configs)
 
 
 def live_config(stored: LoraConfig, record: dict) -> LoraConfig:

@@ -34,11 +34,8 @@ class JsonLinesCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        kept = (
-            [line for line in read_json_lines(self.path) if line["step"] <= state.global_step]
-            if state.global_step
-            else []
-        )
+        lines = read_json_lines(self.path) if state.global_step else []
+        kept = [line for line in lines if line["step"] <= state.global_step]
         write_json_lines(self.path, kept)
         self._begin = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
 

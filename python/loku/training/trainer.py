@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from loku.data import Example, PairedDataset, Role, UnlearningCollator, packing_is_exact
-from loku.fila.stored_form import FilaLoraConfig
+from loku.fila.stored_form import has_fila
 from loku.files import writing
 from loku.inference import context_length, evaluation_mode
 from loku.training.callbacks import EvaluationCallback
@@ -77,7 +77,7 @@ class UnlearningTrainer(Trainer):
             logger.warning(f"Using one of {args.n_gpu} GPUs: a packed batch cannot be split; launch with torchrun.")
             args._n_gpu = 1
         super().__init__(model, args, train_dataset=pairs, **options)
-        if self.is_fsdp_enabled and _has_fila(model) and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        if self.is_fsdp_enabled and has_fila(model) and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError("a FILA adapter needs version 2 of FSDP, fsdp_config's default, but version 1 was set")
         self.model_accepts_loss_kwargs = True  # transformers before 5 reads that the loss is scaled from this
         with self.accelerator.autocast():
@@ -147,7 +147,7 @@ class UnlearningTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Of a FILA adapter FSDP's own file has the stored shapes, twice the rank, which FSDP cannot take apart again;
         the adapter's file beside it goes the way that it goes without FSDP."""
-        if self.is_fsdp_enabled and _has_fila(self.model):
+        if self.is_fsdp_enabled and has_fila(self.model):
             self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -222,16 +222,11 @@ def _check_adapter(model: nn.Module, method: Method) -> None:
                 f"method {method.name!r} compares with the model before unlearning, but bias={biases[0]!r} in the "
                 "adapter's configuration trains biases of the base; set it to 'none'"
             )
-    if method.fila and not _has_fila(model):
+    if method.fila and not has_fila(model):
         raise ValueError(
             f"method {method.name!r} needs an adapter started by loku.fila.initialize_lora_fila_weights, or loaded "
             f"by load_fila_adapter; without FILA it is {'ihl' if method.name == 'loku' else 'gd'!r}"
         )
-
-
-def _has_fila(model: nn.Module) -> bool:
-    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
-    return any(isinstance(config, FilaLoraConfig) for config in configs)
 
 
 def _row_tokens(model: nn.Module, args: UnlearnConfig, longest: int) -> int | None:
