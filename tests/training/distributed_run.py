@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from training_setup import causal_lm, sequences, trained_weights, trainer, with_adapter, with_fila
+from two_processes import part
 
 METHODS = {"loku": with_fila, "npo": with_adapter, "dpo": with_adapter}
 # Lengths so uneven that a mean of the processes' means would be far off.
@@ -37,3 +38,4 @@ def main(folder: Path, accumulation: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    part()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from training_setup import causal_lm, trainer, with_adapter, with_fila
+from two_processes import part
 
 # A plain adapter is not saved here: on a CPU accelerate leaves it sharded, which safetensors cannot write.
 METHODS = {"loku": (with_fila, "steps"), "npo": (with_adapter, "no")}
@@ -67,3 +68,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    part()
