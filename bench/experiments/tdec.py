@@ -73,7 +73,7 @@ def main() -> None:
                 *("--benchmark", "tdec", "--el_threshold", goal["el_10"], "--ma_threshold", goal["ma"]),
                 *("--rank", options.rank, "--learning_rate", options.learning_rate),
                 *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 8),
-                *("--save_strategy", "no", "--report_to", "none", *data),
+                *("--save_strategy", "epoch", "--save_total_limit", 1, "--report_to", "none", *data),
             )
             runs.append(run)
     report(runs, options.output / "report", "TDEC", [("retain_loss", "ma"), ("perplexity", "ma")])

@@ -63,7 +63,7 @@ def main() -> None:
                 *("--retain", RETAIN, "--retain_log", log / "eval_log_aggregated.json", *evaluation),
                 *("--rank", options.rank, "--learning_rate", options.learning_rate, "--warmup_steps", 0.2),
                 *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 16),
-                *("--save_strategy", "no", "--report_to", "none", *data),
+                *("--save_strategy", "epoch", "--save_total_limit", 1, "--report_to", "none", *data),
             )
             runs.append(run)
     figures = [("retain_rouge", "forget_rouge"), ("model_utility", "log10_forget_quality")]
