@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import GPT2Tokenizer
 
 from loku.cli import main
+from loku.cli.run_folder import run_stage
 from loku.report import Run
 from loku.report.curves import against
 from loku.report.grouping import group_runs
@@ -25,15 +26,14 @@ def gpt2_tokenizer(data: Path, output: Path) -> Path:
 
 
 def command(folder: Path, name: str, *arguments: object) -> None:
-    """Run ``loku name ... --output_dir folder``, unless its results are there; go on where it was broken off."""
-    if (folder / "results.json").exists():
-        return
-    words = [name, *map(str, arguments), "--output_dir", str(folder)]
-    if (folder / "config.yaml").exists() and name != "evaluate":
-        words.append("--resume")
-    print("loku", shlex.join(words), flush=True)
-    if main(words) != 0:
-        raise SystemExit(1)
+    """``loku name ... --output_dir folder``, unless its results are there; goes on where it was broken off."""
+
+    def run(words: list[str]) -> None:
+        print("loku", shlex.join([name, *words]), flush=True)
+        if main([name, *words]) != 0:
+            raise SystemExit(1)
+
+    run_stage(run, folder, *arguments)
 
 
 def report(runs: Sequence[Path], output: Path, title: str, figures: Sequence[tuple[str, str]]) -> None:

@@ -213,7 +213,10 @@ def test_demo_keeps_what_an_earlier_one_left(refused, folder, monkeypatch):
     monkeypatch.setattr("loku.cli.demo._memorise", None)
     with pytest.raises(TypeError):  # the training, which is not the point
         main(["demo", "--output_dir", str(folder), "--overwrite"])
-    assert (folder / "forget.jsonl").exists() and not (folder / "mine").exists()
+    assert (folder / "corpus" / "forget.jsonl").exists() and not (folder / "mine").exists()
+    assert "began with people = 40, and cannot go on with 30" in refused(
+        "demo", "--output_dir", folder, "--people", "30", "--resume"
+    )
 
 
 def test_a_finished_run_is_not_overwritten(workshop, loku, refused, folder, no_plots):

@@ -166,6 +166,23 @@ def test_finetune_resumes(workshop, loku, folder, tmp_path):
     assert values(folder)[:-1] == values(tmp_path / "whole")[:-1]
 
 
+def test_demo_goes_on_where_it_was_broken_off(loku, tmp_path, monkeypatch, no_plots):
+    monkeypatch.setattr("loku.cli.report.write_report", lambda *args, **options: None)
+    sizes = ["--people", "3", "--forget", "1", "--memorise_epochs", "4", "--unlearn_epochs", "1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    loku("demo", "--output_dir", whole, *sizes)
+    start(["demo", "--output_dir", broken, *sizes, "--overwrite"], stop_before=3)
+    assert last_whole_checkpoint(broken / "target") is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loku.cli.unlearn.save_adapter", lambda *args: kill())
+        with pytest.raises(Killed):
+            main(["demo", "--output_dir", str(broken), "--resume"])
+    monkeypatch.setattr("loku.cli.finetune.load_tokenizer", None)  # the model must not be trained again
+    loku("demo", "--output_dir", broken, "--resume")
+    assert same_weights(broken / "target", whole / "target", "model/model.safetensors")
+    assert all(same_weights(broken / method, whole / method) for method in ("loku", "gd"))
+
+
 @pytest.mark.parametrize(("size", "at"), [(10000, ""), (900, "metrics.jsonl")])
 def test_full_disk_while_training(workshop, loku, refused, folder, no_plots, unbroken, size, at):
     words = training(workshop, "loku", folder)

@@ -81,6 +81,7 @@ def test_lm_eval_is_asked_for_accuracy(model, tokenizer, monkeypatch):
     package.simple_evaluate, models.HFLM = simple_evaluate, lambda **options: options
     monkeypatch.setitem(sys.modules, "lm_eval", package)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", models)
-    assert lm_eval_tasks(model, tokenizer, ["piqa"], limit=3) == {"piqa": 0.25}
+    assert lm_eval_tasks(model, tokenizer, ["piqa"], limit=3, seed=5) == {"piqa": 0.25}
     assert asked["model"]["pretrained"] is model and asked["limit"] == 3 and asked["num_fewshot"] == 0
+    assert {value for name, value in asked.items() if name.endswith("random_seed")} == {5}
     assert model.training

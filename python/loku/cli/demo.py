@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loku.cli import finetune, report, unlearn
 from loku.cli.errors import CommandError, blaming
-from loku.cli.options import option, parse
+from loku.cli.options import as_dict, option, parse
+from loku.cli.run_folder import RunFolder, run_stage
 from loku.data import PROMPTS
 from loku.demo.people import Person, invent
 from loku.demo.tokenizer import train_tokenizer
@@ -52,6 +53,7 @@ class DemoRun:
     unlearn_epochs: int = option(12, "epochs of unlearning")
     seed: int = option(0, "of the people, the model and the training")
     overwrite: bool = option(False, "delete what an earlier demo left in output_dir")
+    resume: bool = option(False, "go on with what an earlier demo left in output_dir")
 
 
 def main(argv: list[str]) -> None:
@@ -64,15 +66,18 @@ def main(argv: list[str]) -> None:
     with blaming("--people"):
         people = invent(demo.people, demo.seed)
     folder, console, started = Path(demo.output_dir), Console(), time.monotonic()
-    if folder.exists():
-        if not demo.overwrite:
-            raise CommandError(f"{folder} exists: choose another --output_dir, or give --overwrite")
-        shutil.rmtree(folder)
-    corpus = write_corpus(folder, people, demo.forget)
+    if demo.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+        demo.overwrite = False  # once: not where the run goes on
+    elif not demo.resume and folder.exists():
+        raise CommandError(f"{folder} exists: choose another --output_dir, go on with --resume, or give --overwrite")
+    run = RunFolder(folder, demo.resume)
+    run.begin(as_dict(demo), as_dict(demo).keys() - {"output_dir", "overwrite", "resume"})
+    corpus = write_corpus(folder / "corpus", people, demo.forget)
     console.print(f"{demo.people} people were invented, of whom {demo.forget} must be forgotten.")
 
-    common = ["--data_dir", str(folder), "--prompt", _PROMPT, "--max_length", "96", "--seed", str(demo.seed)]
-    common += ["--save_strategy", "no", "--report_to", "none"]
+    common = ["--data_dir", folder / "corpus", "--prompt", _PROMPT, "--max_length", 96, "--seed", demo.seed]
+    common += ["--save_strategy", "steps", "--save_steps", 0.25, "--save_total_limit", 1, "--report_to", "none"]
     _memorise(demo, folder, common)
     for method in _METHODS:
         _unlearn(method, demo, folder, common)
@@ -112,25 +117,27 @@ def answers(folder: Path, corpus: dict[str, list[dict[str, str]]]) -> Table:
     return table
 
 
-def _memorise(demo: DemoRun, folder: Path, common: list[str]) -> None:
-    finetune.main(
-        [
-            *("--tokenizer", str(folder / "tokenizer"), "--model_config", str(folder / "model.json")),
-            *("--train", str(folder / "forget.jsonl"), str(folder / "retain.jsonl")),
-            *("--output_dir", str(folder / "target"), "--num_train_epochs", str(demo.memorise_epochs)),
-            *("--learning_rate", "2e-3", "--per_device_train_batch_size", "16"),
-            *common,
-        ]
+def _memorise(demo: DemoRun, folder: Path, common: list[object]) -> None:
+    corpus = folder / "corpus"
+    run_stage(
+        finetune.main,
+        folder / "target",
+        *("--tokenizer", corpus / "tokenizer", "--model_config", corpus / "model.json"),
+        *("--train", corpus / "forget.jsonl", corpus / "retain.jsonl"),
+        *("--num_train_epochs", demo.memorise_epochs),
+        *("--learning_rate", "2e-3", "--per_device_train_batch_size", 16),
+        *common,
     )
 
 
-def _unlearn(method: str, demo: DemoRun, folder: Path, common: list[str]) -> None:
-    unlearn.main(
-        [
-            *("--model", str(folder / "target" / "model"), "--method", method),
-            *("--forget", str(folder / "forget.jsonl"), "--retain", str(folder / "retain.jsonl")),
-            *("--output_dir", str(folder / method), "--num_train_epochs", str(demo.unlearn_epochs)),
-            *("--learning_rate", "5e-4", "--per_device_train_batch_size", "4", "--rank", "16"),
-            *common,
-        ]
+def _unlearn(method: str, demo: DemoRun, folder: Path, common: list[object]) -> None:
+    corpus = folder / "corpus"
+    run_stage(
+        unlearn.main,
+        folder / method,
+        *("--model", folder / "target" / "model", "--method", method),
+        *("--forget", corpus / "forget.jsonl", "--retain", corpus / "retain.jsonl"),
+        *("--num_train_epochs", demo.unlearn_epochs),
+        *("--learning_rate", "5e-4", "--per_device_train_batch_size", 4, "--rank", 16),
+        *common,
     )

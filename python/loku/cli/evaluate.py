@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from loku.cli.benchmarks import measure_tofu, sequences_of, tofu_log, tofu_sources
 from loku.cli.data import Tokenised
@@ -25,6 +25,7 @@ from loku.evaluation import (
     memorization_accuracy,
     perplexity,
 )
+from loku.evaluation.harness import import_lm_eval
 
 _SEQUENCES = 32  # measured between two writings
 _WHERE = {"data_dir", "output_dir", "resume", "retain_log"}  # may change when a run goes on
@@ -40,6 +41,7 @@ class EvaluateRun:
     retain_log: str | None = option(None, "tofu: log of the model trained without the forget set, for forget quality")
     definition: Literal["tofu", "open-unlearning"] = option("tofu", "whose definition of TOFU's aggregates")
     limit: int | None = option(300, "tofu: most samples of each task; 300 as published")
+    seed: int = option(0, "of what is drawn at random: only tasks of lm-eval may do so")
     output_dir: str = option("evaluation", "folder for results.json, metrics.jsonl, and TOFU's log")
     resume: bool = option(False, "go on from what is in output_dir")
 
@@ -49,6 +51,7 @@ def main(argv: list[str]) -> None:
     options = parse("evaluate", [ModelOptions, DataOptions, EvaluateRun], argv, main.__doc__)
     model_options, data_options, evaluate = options
     run = RunFolder(evaluate.output_dir, evaluate.resume)
+    set_seed(evaluate.seed)
     tokenizer, model = load_tokenizer(model_options), load_model(model_options)
     sources = Tokenised.of(data_options, tokenizer, model)
     measure = _MEASURES[evaluate.benchmark](model, sources, evaluate, run)
@@ -107,9 +110,11 @@ def _perplexity(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRu
 
 
 def _lm_eval(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRun, run: RunFolder) -> Measure:
+    with blaming(None, ImportError):
+        import_lm_eval()
+
     def accuracy(task: str) -> float:
-        with blaming(None, ImportError):
-            return lm_eval_tasks(model, sources.tokenizer, [task])[task]
+        return lm_eval_tasks(model, sources.tokenizer, [task], seed=evaluate.seed)[task]
 
     return lambda: _each(NINE_TASKS, accuracy, run)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from loku.provenance import commit, hardware, versions
 from loku.report import Run
 
 _EVIDENCE = (
-    "importance*.safetensors*", "eval_log*.json", "metrics.jsonl", "results.json", "checkpoint-*", "adapter", "model"
+    "importance*.safetensors*", "eval_log*.json", "metrics.jsonl", "results.json",
+    "checkpoint-*", "adapter", "model", "corpus",
 )  # fmt: skip
 _PACKAGES = ("loku-kernels", "torch", "transformers", "peft", "accelerate", "triton")
 
@@ -78,6 +79,14 @@ class RunFolder:
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         write_json(self / "results.json", results)
+
+
+def run_stage(main: Callable[[list[str]], Any], folder: Path, *arguments: object) -> None:
+    """Run a command as a part of something longer, unless its results are there; go on where it was broken off."""
+    if (folder / "results.json").exists():
+        return
+    resume = ["--resume"] if (folder / "config.yaml").exists() else []
+    main([*map(str, arguments), "--output_dir", str(folder), *resume])
 
 
 def costs_of(run: Run, state: TrainerState, others: Mapping[str, float] = {}) -> dict[str, float]:

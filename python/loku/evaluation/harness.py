@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -30,21 +31,31 @@ def lm_eval_tasks(
     *,
     batch_size: int = 32,
     limit: int | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Task -> accuracy (zero-shot), as lm-evaluation-harness measures it on its own data, which it downloads.
 
     Args:
         limit: samples a task; None for all.
+        seed: of the harness's random numbers, where a task draws any.
 
     Raises:
         ImportError: lm-eval is not installed.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ImportError("lm_eval_tasks needs lm-eval: pip install 'loku-kernels[lm-eval]'") from error
+    harness = import_lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
     with evaluation_mode(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        results = simple_evaluate(wrapped, tasks=list(tasks), num_fewshot=0, limit=limit)["results"]
+        seeds = {f"{of}random_seed": seed for of in ("", "numpy_", "torch_", "fewshot_")}
+        results = harness.simple_evaluate(wrapped, tasks=list(tasks), num_fewshot=0, limit=limit, **seeds)["results"]
     return {task: results[task]["acc,none"] for task in tasks}
+
+
+def import_lm_eval() -> ModuleType:
+    """The package. Raises ImportError, which says how to install it, where it is not."""
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ImportError("lm_eval_tasks needs lm-eval: pip install 'loku-kernels[lm-eval]'") from error
+    return lm_eval
