@@ -16,6 +16,14 @@ struct FisherProblem {
   const int64_t* offsets;  // (sequences + 1,)
   const float* weights;    // (sequences,)
   int64_t sequences;
+
+  // Whatever the offsets say, there are no other tokens than 0 to tokens - 1.
+  LOKU_INLINE int64_t first_token(int64_t sequence) const { return clamp(offsets[sequence], 0, tokens); }
+  LOKU_INLINE int64_t length(int64_t sequence) const {
+    const int64_t first = first_token(sequence);
+    return clamp(offsets[sequence + 1], first, tokens) - first;
+  }
+  LOKU_INLINE static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 };
 
 struct FisherBlock {
@@ -29,8 +37,10 @@ struct FisherPiece {
   bool opens, closes;  // the sequence
 };
 
-// A block's operands for one chunk of tokens, in the L2 cache of a current processor, and its partial sums.
+// A block's operands for one chunk of tokens, in the L2 cache of a current processor, and its partial sums. Blocks of
+// more than kFisherRows, a multiple of them, are for sequences that fit in a chunk, of which there are no partial sums.
 constexpr int64_t kFisherRows = 256, kFisherColumns = 768, kFisherSteps = 224, kFisherPadding = 4;
+constexpr int64_t kFisherMostRows = 4 * kFisherRows;
 
 struct alignas(64) FisherScratch {  // 1.7 MiB
   float grad_outputs[kFisherRows * (kFisherSteps + kFisherPadding)];

@@ -3,12 +3,12 @@
 // A matrix product per sequence whose result is squared while it is in registers: a tile of F, 8 rows by 3 vectors with
 // AVX-512, sums grad_outputs^T inputs over the tokens of a sequence, is squared, weighted and added to F. A block of F
 // takes all tokens before the next block begins, chunk by chunk. The chunk's operands are packed first, in strips as
-// wide as a tile: a strip of inputs then stays in the L1 cache while strips of grad_outputs pass by. A sequence longer
-// than a chunk leaves its partial sums in scratch memory.
+// wide as a tile: a strip of inputs then stays in the L1 cache while strips of grad_outputs pass by, of as many rows as
+// the L2 cache holds beside the inputs. A sequence longer than a chunk leaves its partial sums in scratch memory.
 //
 // What is added up for an element of F, and in which order, depends neither on the block nor on the thread.
 //
-// Bytes that cross memory, mostly from L3: F twice a chunk, inputs out / 256 times, grad_outputs in / 768 times.
+// Bytes that cross memory, mostly from L3: F twice a chunk, inputs out / 1024 times, grad_outputs in / 768 times.
 #pragma once
 
 #include "fisher.h"
@@ -19,6 +19,7 @@ namespace loku::LOKU_ISA {
 constexpr int kTileRows = kWidth == 16 ? 8 : 6;  // 24 or 12 sums, in 32 or 16 registers
 constexpr int kTileVectors = kWidth == 16 ? 3 : 2;
 constexpr int kTileColumns = kTileVectors * kWidth;
+constexpr int64_t kPanelRows = kFisherRows / kTileRows * kTileRows;
 
 // A step of the sum multiplies words of 32 bits: the floats of one token.
 template <class T>
@@ -165,16 +166,14 @@ struct Cursor {
 template <class T>
 int next_chunk(const FisherProblem& problem, Cursor& at, FisherPiece* pieces) {
   constexpr int64_t kTokens = Step<T>::kTokens, kMost = kFisherSteps * kTokens;
-  const auto clamp = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
   int count = 0;
   for (int64_t room = kFisherSteps; at.sequence < problem.sequences; ++at.sequence, at.done = 0) {
-    const int64_t begin = clamp(problem.offsets[at.sequence], 0, problem.tokens);
-    const int64_t length = clamp(problem.offsets[at.sequence + 1], begin, problem.tokens) - begin;
+    const int64_t begin = problem.first_token(at.sequence), length = problem.length(at.sequence);
     if (length == 0) continue;
     if (count > 0 && count_steps<T>(length) > room) break;
     const int64_t parts = (length + kMost - 1) / kMost;
     const int64_t part = count_steps<T>((length + parts - 1) / parts) * kTokens;
-    const int64_t tokens = clamp(length - at.done, 0, part);
+    const int64_t tokens = least(length - at.done, part);
     const bool opens = at.done == 0, closes = at.done + tokens == length;
     pieces[count++] = {begin + at.done, tokens, problem.weights[at.sequence], opens, closes};
     if (!closes) {
@@ -196,31 +195,40 @@ void pack_chunk(const void* rows, int64_t stride, int64_t first_column, int64_t 
   }
 }
 
+// Adds a chunk to the tiles of a panel, `rows` rows of a block from `first_row` on, whose strips are `steps` long.
+template <class T>
+void add_to_panel(const FisherProblem& problem, int64_t first_row, int64_t rows, const FisherBlock& block,
+                  const FisherScratch& scratch, int count, int64_t steps, float* partial_sums) {
+  for (int64_t column = 0; column < block.columns; column += kTileColumns) {
+    const float* inputs = scratch.inputs + column * steps;
+    const int64_t columns = least(kTileColumns, block.columns - column);
+    for (int64_t row = 0; row < rows; row += kTileRows, partial_sums += kTileRows * kTileColumns) {
+      const float* grad_outputs = scratch.grad_outputs + row * steps;
+      float* fisher = problem.fisher + (first_row + row) * problem.fisher_stride + block.first_column + column;
+      const Tile tile{fisher, problem.fisher_stride, partial_sums};
+      const int64_t tile_rows = least(kTileRows, rows - row);
+      if (tile_rows == kTileRows && columns == kTileColumns) {
+        add_to_tile<T, kTileVectors>(tile, scratch.pieces, count, grad_outputs, inputs);
+      } else {
+        add_to_edge<T>(tile, tile_rows, columns, scratch.pieces, count, grad_outputs, inputs);
+      }
+    }
+  }
+}
+
 template <class T>
 void fisher_accumulate(const FisherProblem& problem, const FisherBlock& block, FisherScratch& scratch) {
   Cursor at;
   while (const int count = next_chunk<T>(problem, at, scratch.pieces)) {
     int64_t steps = kFisherPadding;  // strips a power of two apart would share cache lines' places
     for (int i = 0; i < count; ++i) steps += count_steps<T>(scratch.pieces[i].tokens);
-    pack_chunk<kTileRows, T>(problem.grad_outputs, problem.grad_outputs_stride, block.first_row, block.rows,
-                             scratch.pieces, count, scratch.grad_outputs, steps * kTileRows, scratch.row);
     pack_chunk<kTileColumns, T>(problem.inputs, problem.inputs_stride, block.first_column, block.columns,
                                 scratch.pieces, count, scratch.inputs, steps * kTileColumns, scratch.row);
-    float* partial_sums = scratch.partial_sums;
-    for (int64_t column = 0; column < block.columns; column += kTileColumns) {
-      const float* inputs = scratch.inputs + column * steps;
-      for (int64_t row = 0; row < block.rows; row += kTileRows, partial_sums += kTileRows * kTileColumns) {
-        const float* grad_outputs = scratch.grad_outputs + row * steps;
-        float* fisher = problem.fisher + (block.first_row + row) * problem.fisher_stride + block.first_column + column;
-        const Tile tile{fisher, problem.fisher_stride, partial_sums};
-        const int64_t rows = block.rows - row, columns = block.columns - column;
-        if (rows >= kTileRows && columns >= kTileColumns) {
-          add_to_tile<T, kTileVectors>(tile, scratch.pieces, count, grad_outputs, inputs);
-        } else {
-          add_to_edge<T>(tile, rows < kTileRows ? rows : kTileRows, columns < kTileColumns ? columns : kTileColumns,
-                         scratch.pieces, count, grad_outputs, inputs);
-        }
-      }
+    for (int64_t done = 0; done < block.rows; done += kPanelRows) {
+      const int64_t first_row = block.first_row + done, rows = least(kPanelRows, block.rows - done);
+      pack_chunk<kTileRows, T>(problem.grad_outputs, problem.grad_outputs_stride, first_row, rows, scratch.pieces,
+                               count, scratch.grad_outputs, steps * kTileRows, scratch.row);
+      add_to_panel<T>(problem, first_row, rows, block, scratch, count, steps, scratch.partial_sums);
     }
   }
 }

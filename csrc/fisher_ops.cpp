@@ -32,13 +32,21 @@ int64_t block_side(int64_t size, int64_t pieces, int64_t tile) {
   return pieces_of(pieces_of(size, pieces), tile) * tile;
 }
 
+int64_t longest_sequence(const FisherProblem& problem) {
+  int64_t longest = 0;
+  for (int64_t s = 0; s < problem.sequences; ++s) longest = std::max(longest, problem.length(s));
+  return longest;
+}
+
 // How F (out, in) is cut into blocks: as large as the scratch memory allows, for packing costs 1 / rows + 1 / columns,
 // but with four for every thread where a side of 64 or more is left.
 struct Grid {
   int64_t rows, columns, across;
 
-  Grid(const FisherKernelTable& kernels, int64_t out, int64_t in, int64_t threads) {
-    const int64_t most_rows = kFisherRows / kernels.tile_rows * kernels.tile_rows;
+  Grid(const FisherKernelTable& kernels, const FisherProblem& problem, int64_t threads) {
+    const int64_t out = problem.out, in = problem.in;
+    const int64_t limit = longest_sequence(problem) > kFisherSteps ? kFisherRows : kFisherMostRows;
+    const int64_t most_rows = limit / kernels.tile_rows * kernels.tile_rows;
     const int64_t most_columns = kFisherColumns / kernels.tile_columns * kernels.tile_columns;
     rows = block_side(out, pieces_of(out, most_rows), kernels.tile_rows);
     columns = block_side(in, pieces_of(in, most_columns), kernels.tile_columns);
@@ -85,7 +93,7 @@ void fisher_accumulate_(Tensor fisher, Tensor inputs, Tensor grad_outputs, Tenso
   if (problem.out == 0 || problem.in == 0) return;
   const FisherKernelTable& kernels = LOKU_KERNELS(instruction_set, fisher_kernels);
   const auto accumulate = kernels.of[element_of(inputs)].accumulate;
-  const Grid grid(kernels, problem.out, problem.in, torch::stable::get_num_threads());
+  const Grid grid(kernels, problem, torch::stable::get_num_threads());
   const int64_t blocks = pieces_of(problem.out, grid.rows) * grid.across;
   share_pieces(blocks, 1, [&] {
     return [&, scratch = std::unique_ptr<FisherScratch>(new FisherScratch)](int64_t first, int64_t last) {

@@ -12,8 +12,9 @@ from loku_kernels import processor
 from loku_kernels.backends import cpp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# One above and below the kernels' tiles (8 x 48, 6 x 16, 6 x 8) and blocks (256 x 768), and what lies between.
-SHAPES = [(1, 1), (7, 17), (17, 7), (49, 100), (100, 49), (8, 48), (1, 769), (257, 1), (300, 800)]
+# One above and below the kernels' tiles (8 x 48, 6 x 16, 6 x 8) and blocks (256 x 768), what lies between, and blocks
+# of several panels of 256 rows.
+SHAPES = [(1, 1), (7, 17), (17, 7), (49, 100), (100, 49), (8, 48), (1, 769), (257, 1), (300, 800), (4500, 9)]
 # A chunk has 224 tokens, or 448 in bfloat16: sequences that share one, fill one, and take several.
 LENGTHS = [
     [],
