@@ -45,7 +45,7 @@ def fused_linear_ihl(
             Rows that are not listed are ignored and never reach the head. On the CPU the labels tell; on a GPU their
             number could not be known without waiting for the device, so without ``rows`` ignored rows go through the
             GEMMs.
-        chunk_bytes: upper bound for one chunk of logits; at least one row is processed at a time. By default 128
+        chunk_bytes: upper bound for one chunk of logits; at least one row is processed at a time. By default 256
             MiB on a CPU, 512 MiB on a GPU.
 
     Other arguments, results and errors are those of ``fused_ihl``.
