@@ -19,7 +19,8 @@ def _groups(tmp_path, *configs):
 
 
 def test_runs_that_differ_in_the_seed_only_are_one_group(tmp_path):
-    groups = _groups(tmp_path, {"seed": 0}, {"seed": 1, "method": "gd"}, {"seed": 1}, {"seed": 2, "resume": True})
+    resumed = {"resume": True, "save_strategy": "epoch", "rank": 16.0}
+    groups = _groups(tmp_path, {"seed": 0}, {"seed": 1, "method": "gd"}, {"seed": 1}, {"seed": 2, **resumed})
     assert [(group.label, group.seeds) for group in groups] == [("loku", [0, 1, 2]), ("gd", [1])]
 
 

@@ -13,12 +13,12 @@ from typing import Literal, NamedTuple
 from loku.report.metrics import ABSENT
 from loku.report.run import Run
 
-# The seed, and what does not change a run's results: where files are, what is reported when.
+# The seed, and what does not change a run's results: where files are, what is written when.
 _NOT_COMPARED = frozenset(
     {"seed", "data_seed"}
     | {"data_dir", "importance", "output_dir", "overwrite_output_dir", "logging_dir", "run_name", "local_rank"}
-    | {"resume", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit"}
-    | {"report_to", "disable_tqdm"}
+    | {"resume", "resume_from_checkpoint", "logging_steps", "report_to", "disable_tqdm"}
+    | {"save_strategy", "save_steps", "save_total_limit", "fisher_save_minutes"}
 )
 _ALWAYS_TOLD = ("model", "forget", "retain", "rank")  # where they differ, even between methods
 _MOST_TOLD = 3
@@ -96,7 +96,13 @@ def common_settings(groups: Sequence[Group]) -> dict[str, str]:
 
 def _settings(run: Run) -> dict[str, str]:
     compared = {k: v for k, v in run.config.items() if k not in _NOT_COMPARED and not str(k).startswith("_")}
-    return {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True, default=str) for k, v in compared.items()}
+    return {key: value if isinstance(value, str) else _as_text(value) for key, value in compared.items()}
+
+
+def _as_text(value: object) -> str:
+    """Whole numbers without a fraction: a run that went on read its own 0 as 0.0."""
+    whole = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if whole else value, sort_keys=True, default=str)
 
 
 def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
