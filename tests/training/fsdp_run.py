@@ -1,7 +1,4 @@
-"""Trains under transformers' and accelerate's FSDP; run by torchrun on the CPU, which they do not offer it on.
-
-They ask for an accelerator only to decide whether to offer it: told that there are several, they shard over gloo.
-"""
+"""Trains under transformers' and accelerate's FSDP; run by torchrun."""
 
 from __future__ import annotations
 
@@ -9,34 +6,19 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from distributed_run import FORGET, PREFERRED, RETAIN
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from training_setup import causal_lm, trainer, with_adapter, with_fila
-from two_processes import part
+from two_processes import FSDP_CONFIG, part, pretend_accelerators
 
-# A plain adapter is not saved here: on a CPU accelerate leaves it sharded, which safetensors cannot write.
-METHODS = {"loku": (with_fila, "steps"), "npo": (with_adapter, "no")}
+METHODS = {"loku": with_fila, "npo": with_adapter}
 OPTIONS = {"retain_weight": 0.5, "max_steps": 5, "save_steps": 2}
 
 
-def pretend_accelerators() -> None:
-    original = PartialState.__init__
-
-    def init(self, *args, **options):
-        original(self, *args, **options)
-        self.distributed_type, self.device = DistributedType.MULTI_GPU, torch.device("cpu")
-
-    PartialState.__init__ = init
-
-
 def settings(version: int, **more) -> dict:
-    wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    how = {"cpu_ram_efficient_loading": False, "sync_module_states": False, "state_dict_type": "FULL_STATE_DICT"}
-    return {**OPTIONS, "fsdp": True, "fsdp_config": {"version": version, **wrap, **how}, **more}
+    return {**OPTIONS, "fsdp": True, "fsdp_config": {**FSDP_CONFIG, "version": version}, **more}
 
 
 def whole(weight: Tensor) -> Tensor:
@@ -46,11 +28,10 @@ def whole(weight: Tensor) -> Tensor:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     pretend_accelerators()
-    for method, (start, save) in METHODS.items():
-        checkpoints = {"whole": None, "resumed": str(folder / method / "checkpoint-2")}
-        for name, checkpoint in checkpoints.items() if save == "steps" else [("whole", None)]:
+    for method, start in METHODS.items():
+        for name, checkpoint in {"whole": None, "resumed": str(folder / method / "checkpoint-2")}.items():
             model = start(causal_lm("llama", torch.float64))
-            options = settings(2, method=method, save_strategy=save)
+            options = settings(2, method=method, save_strategy="steps")
             done = trainer(model, folder / method, FORGET, RETAIN, PREFERRED, **options)
             assert done.is_fsdp_enabled and done.accelerator.state.fsdp_plugin.fsdp_version == 2
             done.train(resume_from_checkpoint=checkpoint)

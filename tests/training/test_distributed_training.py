@@ -36,7 +36,7 @@ def test_two_processes_equal_twice_the_accumulation(tmp_path):
 def test_fsdp_through_the_trainer(tmp_path):
     """Sharded over two processes: the weights of one, broken off and gone on from a checkpoint or not."""
     torchrun(str(_SCRIPT.with_name("fsdp_run.py")), str(tmp_path), PYTHONPATH=_PATHS)
-    for method, (start, _) in fsdp_run.METHODS.items():
+    for method, start in fsdp_run.METHODS.items():
         model = start(causal_lm("llama", torch.float64))
         options = {**fsdp_run.OPTIONS, "method": method, "gradient_accumulation_steps": 2}
         sets = distributed_run.FORGET, distributed_run.RETAIN, distributed_run.PREFERRED
@@ -47,7 +47,7 @@ def test_fsdp_through_the_trainer(tmp_path):
             assert found.keys() == expected.keys() and len(found) == 8
             for key, weight in found.items():
                 assert (weight - expected[key]).abs().max() <= 1e-8 * expected[key].abs().max(), (file.name, key)
-    resumed = load_file(tmp_path / "loku-resumed.safetensors")
-    saved = load_file(tmp_path / "loku" / "checkpoint-5" / "adapter_model.safetensors")
-    assert {key.replace(".default", ""): value for key, value in resumed.items()}.keys() == saved.keys()
-    assert all(torch.equal(saved[key.replace(".default", "")], value) for key, value in resumed.items())
+        resumed = load_file(tmp_path / f"{method}-resumed.safetensors")
+        saved = load_file(tmp_path / method / "checkpoint-5" / "adapter_model.safetensors")
+        assert {key.replace(".default", "") for key in resumed} == saved.keys()
+        assert all(torch.equal(saved[key.replace(".default", "")], value) for key, value in resumed.items())

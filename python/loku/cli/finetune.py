@@ -61,13 +61,11 @@ def main(argv: list[str]) -> None:
             callbacks=[JsonLinesCallback(run / "metrics.jsonl")],
         )
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(run.path) if finetune.resume else None)
+    state_dict = trainer.gathered_state_dict()
     if trainer.is_world_process_zero():
         with filling(run / "model") as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=state_dict)
             tokenizer.save_pretrained(folder)
-        run.write_results(
-            {
-                "after": {"train_perplexity": perplexity(model, examples[:300])},
-                **costs_of(Run.load(run.path), trainer.state),
-            }
-        )
+    after = {"train_perplexity": perplexity(trainer.model, examples[:300])}  # every process: it may be sharded
+    if trainer.is_world_process_zero():
+        run.write_results({"after": after, **costs_of(Run.load(run.path), trainer.state)})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from loku.cli.benchmarks import Benchmark, BenchmarkOptions
@@ -106,18 +108,23 @@ def main(argv: list[str]) -> None:
             ],
         )
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(run.path) if unlearn.resume else None)
+    state_dict = trainer.gathered_state_dict()
     if trainer.is_world_process_zero():
-        save_adapter(model, run / "adapter")
-        _finish(run, benchmark, trainer, costs)
+        save_adapter(model, run / "adapter", state_dict)
+    trainer.accelerator.wait_for_everyone()
+    # Every process measures, as a sharded model takes them all, from what the one that writes has logged.
+    after = benchmark.complete(trainer.model, Run.load(run.path).after)
+    if trainer.is_world_process_zero():
+        _finish(run, after, benchmark.thresholds, trainer, costs)
 
 
-def save_adapter(model: PeftModel, path: Path) -> None:
+def save_adapter(model: PeftModel, path: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """For ``PeftModel.from_pretrained`` on the unmodified base model, whatever the method."""
     if has_fila(model):
-        save_fila_adapter(model, path)
+        save_fila_adapter(model, path, state_dict=state_dict)
     else:
         with filling(path) as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=state_dict)
 
 
 def _check_sources(unlearn: UnlearnRun, roles: tuple[Role, ...]) -> None:
@@ -153,16 +160,16 @@ def _row_weights(
     return row_weights(model, data.forget, data.retain, adapter, options, pad, args.seed, path, not args.disable_tqdm)
 
 
-def _finish(run: RunFolder, benchmark: Benchmark, trainer: UnlearningTrainer, costs: dict[str, float]) -> None:
+def _finish(
+    run: RunFolder,
+    after: Mapping[str, float],
+    thresholds: Mapping[str, float],
+    trainer: UnlearningTrainer,
+    costs: Mapping[str, float],
+) -> None:
     measured = Run.load(run.path)
-    run.write_results(
-        {
-            "before": measured.before,
-            "after": benchmark.complete(trainer.model, measured.after),
-            "thresholds": benchmark.thresholds,
-            **costs_of(measured, trainer.state, costs),
-        }
-    )
+    results = {"before": measured.before, "after": after, "thresholds": thresholds}
+    run.write_results({**results, **costs_of(measured, trainer.state, costs)})
     finished = Run.load(run.path)
     write_report([finished], run / "report")
     Console().print(summary_table([finished]))

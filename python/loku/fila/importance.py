@@ -18,7 +18,7 @@ from loku.fila.fingerprint import fingerprint
 from loku.fila.progress import progress
 from loku.fila.relative_importance import row_weights
 from loku.fila.state import FilaStateDict
-from loku.fila.targets import lora_layers
+from loku.fila.targets import check_whole, lora_layers
 from loku.head import HeadRefused, head_refusal, hidden_states
 from loku.inference import without_dropout
 from loku_kernels import fused_linear_cross_entropy
@@ -155,7 +155,9 @@ def _check_passes(data: Mapping[str, Iterable], passes: int, budget: int | None)
 def _target_modules(model: nn.Module, peft_config: LoraConfig | None, adapter_name: str) -> dict[str, nn.Module]:
     """Module name in the base model -> linear layer (inside of its LoRA layer, if there is one)."""
     if isinstance(model, PeftModel):
-        return {name: layer.get_base_layer() for name, layer in lora_layers(model, adapter_name).items()}
+        layers = lora_layers(model, adapter_name)
+        check_whole(layers)
+        return {name: layer.get_base_layer() for name, layer in layers.items()}
     if peft_config is None or peft_config.target_modules in (None, "all-linear"):
         raise ValueError(
             "model must be a PeftModel, or peft_config must name its target_modules, got "

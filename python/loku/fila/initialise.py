@@ -20,7 +20,7 @@ from loku.fila.residual import subtract_initial
 from loku.fila.shadow import ShadowVariant
 from loku.fila.state import FilaStateDict
 from loku.fila.stored_form import FilaLoraConfig, keep_initial
-from loku.fila.targets import base_weight, check_fresh, check_ranks, check_residual, lora_layers
+from loku.fila.targets import base_weight, check_fresh, check_ranks, check_residual, check_whole, lora_layers
 
 
 def initialize_lora_fila_weights(
@@ -66,6 +66,7 @@ def initialize_lora_fila_weights(
     """
     config = config or FilaConfig()
     layers = lora_layers(model, adapter_name)
+    check_whole(layers)
     check_fresh(model, layers, adapter_name)
     check_ranks(layers, adapter_name)
     if config.mode == "residual":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,28 +14,37 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import load_peft_weights
-from torch import nn
+from torch import Tensor, nn
 
 from loku.fila.config import FilaConfig
 from loku.fila.fingerprint import check_fingerprints
 from loku.fila.initialise import attach
 from loku.fila.stored_form import RECORD_NAME, initial_factors, live_config
-from loku.fila.targets import check_residual, is_quantised, lora_layers
+from loku.fila.targets import check_residual, check_whole, is_quantised, lora_layers
 from loku.files import filling
 
 
-def save_fila_adapter(model: PeftModel, path: str | os.PathLike, adapter_name: str = "default") -> None:
+def save_fila_adapter(
+    model: PeftModel,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     """Saves the adapter as one of rank 2r that ``PeftModel.from_pretrained(base, path)`` loads on the unmodified base.
 
     Writes ``adapter_model.safetensors``, ``adapter_config.json``, a model card and ``fila.json`` (fingerprints of
     the base and the settings, for `load_fila_adapter`) into the folder ``path``, each under a temporary name first.
+
+    Args:
+        state_dict: the model's, where it is sharded: `loku.training.UnlearningTrainer.gathered_state_dict`.
 
     Raises:
         TypeError, ValueError: model is no PeftModel, or FILA was not applied to this adapter.
     """
     _check_initialised(model, adapter_name)
     with filling(path) as folder:
-        model.save_pretrained(folder, selected_adapters=[adapter_name])
+        model.save_pretrained(folder, selected_adapters=[adapter_name], state_dict=state_dict)
         if adapter_name != "default":  # PEFT puts it in a folder of its name
             for file in (folder / adapter_name).iterdir():
                 file.rename(folder / file.name)
@@ -47,9 +57,10 @@ def save_merged(model: PeftModel, path: str | os.PathLike, adapter_name: str = "
     Merges a copy of the model, which therefore must fit in memory twice; ``model`` stays as it is.
 
     Raises:
-        TypeError, ValueError: as `save_fila_adapter`; a weight is quantised.
+        TypeError, ValueError: as `save_fila_adapter`; a weight is quantised or sharded.
     """
     layers = _check_initialised(model, adapter_name)
+    check_whole(layers)
     quantised = next((name for name, layer in layers.items() if is_quantised(layer)), None)
     if quantised is not None:
         raise ValueError(
@@ -91,6 +102,7 @@ def load_fila_adapter(
     _check_record(base_model, record, path)
     model = get_peft_model(base_model, live_config(LoraConfig.from_pretrained(path), record), adapter_name=adapter_name)
     layers = lora_layers(model, adapter_name)
+    check_whole(layers)
     if config.mode == "residual":
         try:
             check_residual(model, layers, adapter_name)

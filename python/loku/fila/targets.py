@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_module_weight, get_bnb_param_type
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 _FRESH_STARTS = (True, False, "gaussian", "orthogonal")
 _QUANTISED_LAYERS = ("Linear4bit", "Linear8bitLt")  # PEFT defines them only where bitsandbytes is installed
@@ -33,6 +34,16 @@ def lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     if not layers:
         raise ValueError(f"the adapter {adapter_name!r} has no LoRA layer")
     return layers
+
+
+def check_whole(layers: dict[str, LoraLayer]) -> None:
+    """Raises ValueError unless this process holds the base weights."""
+    for name, layer in layers.items():
+        weight = layer.get_base_layer().weight
+        if weight.device.type == "meta" or isinstance(weight, DTensor):
+            raise ValueError(
+                f"the weight of {name} is on the meta device or sharded, but a loaded, whole model is needed"
+            )
 
 
 def check_fresh(model: PeftModel, layers: dict[str, LoraLayer], adapter_name: str) -> None:
@@ -101,6 +112,3 @@ def _check_kind(name: str, layer: LoraLayer, adapter_name: str) -> None:
     if adapter_name in layer.lora_variant and not hasattr(layer.lora_A[adapter_name], "initial"):
         variant = type(layer.lora_variant[adapter_name]).__name__
         raise ValueError(f"FILA is defined for plain LoRA, but {name} uses {variant} (DoRA or another variant)")
-    weight = layer.get_base_layer().weight
-    if weight.device.type == "meta" or hasattr(weight, "device_mesh"):
-        raise ValueError(f"the weight of {name} is on the meta device or sharded; apply FILA to a loaded, whole model")

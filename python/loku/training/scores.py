@@ -217,7 +217,7 @@ class Scorer:
         return LogitScores(**of_rows, chunk_bytes=self.chunk_bytes, all_logits=logits, rows=rows)
 
     def _warn(self) -> None:
-        logger.warning(f"The loss is computed from the model's own logits, which takes more memory: {self.refusal}.")
+        logger.warning_once(f"Losses come from the model's own logits, which takes more memory: {self.refusal}.")
 
 
 def kl_divergence(reference: Scores, scores: Scores) -> Tensor:

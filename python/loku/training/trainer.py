@@ -108,6 +108,14 @@ class UnlearningTrainer(Trainer):
                 raise ValueError(f"cannot resume from {resume_from_checkpoint}: {fault}")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
+    def gathered_state_dict(self) -> dict[str, Tensor] | None:
+        """What ``save_pretrained(..., state_dict=...)`` needs of a sharded model: whole weights, on rank 0 only.
+
+        None where every process holds the model. Every process must call this.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
+
     def compute_loss(
         self,
         model: nn.Module,
