@@ -46,10 +46,10 @@ def keep_final_logits(monkeypatch) -> dict[str, torch.Tensor]:
     """By the name of the run's folder, the logits for IDS that a run ends with, taken before anything is written."""
     final, save = {}, unlearn.save_adapter
 
-    def keep_logits(model, path):
+    def keep_logits(model, path, *args):
         with torch.no_grad():
             final[path.parent.name] = model.eval()(IDS).logits
-        save(model, path)
+        save(model, path, *args)
 
     monkeypatch.setattr(unlearn, "save_adapter", keep_logits)
     return final
