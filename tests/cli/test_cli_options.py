@@ -211,3 +211,10 @@ def test_targets(workshop, family, targets):
     adapted = get_peft_model(model, config)
     head = adapted.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)  # never an adapter
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "export", "report"])
+def test_commands_of_one_process_refuse_to_run_in_several(capsys, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([command]) == 2
+    assert f"loku {command} runs in one process" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -14,6 +15,7 @@ COMMANDS = {
     "export": "write an adapter for the unmodified base model, or merged weights",
     "report": "compare runs in a table and a page",
 }
+_DISTRIBUTED = ("finetune", "importance", "unlearn")  # what several processes do together
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if argv[0] not in COMMANDS:
         print(f"loku: error: there is no command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    if argv[0] not in _DISTRIBUTED and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        print(f"loku: error: loku {argv[0]} runs in one process; start it without torchrun", file=sys.stderr)
         return 2
     try:
         from loku.cli.errors import run_command
