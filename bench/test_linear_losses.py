@@ -57,12 +57,14 @@ def lacks_products(hidden: Tensor) -> bool:
 
 
 def bare_gemms(hidden: Tensor, weight: Tensor, grad_logits: Tensor) -> list[Candidate]:
-    """logits = hidden W^T and grad_hidden = grad_logits W, by each route that torch has."""
+    """logits = hidden W^T and grad_hidden = grad_logits W, by each route that torch has; into memory that is there
+    already, where the route can."""
     onednn = torch.ops.mkldnn._linear_pointwise
+    logits, grad_hidden = torch.zeros_like(grad_logits), torch.zeros_like(hidden)
 
     def by_mm() -> None:
-        torch.mm(hidden, weight.t())
-        torch.mm(grad_logits, weight)
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(grad_logits, weight, out=grad_hidden)
 
     def by_onednn() -> None:
         onednn(hidden, weight, None, "none", [], "")
