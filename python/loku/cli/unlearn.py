@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor
@@ -111,9 +112,9 @@ def main(argv: list[str]) -> None:
     state_dict = trainer.gathered_state_dict()
     if trainer.is_world_process_zero():
         save_adapter(model, run / "adapter", state_dict)
-    trainer.accelerator.wait_for_everyone()
-    # Every process measures, as a sharded model takes them all, from what the one that writes has logged.
-    after = benchmark.complete(trainer.model, Run.load(run.path).after)
+    # Every process measures what is missing of what the one that writes has logged: a sharded model takes them all.
+    (logged,) = broadcast_object_list([Run.load(run.path).after if trainer.is_world_process_zero() else None])
+    after = benchmark.complete(trainer.model, logged)
     if trainer.is_world_process_zero():
         _finish(run, after, benchmark.thresholds, trainer, costs)
 
