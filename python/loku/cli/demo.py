@@ -71,8 +71,8 @@ def main(argv: list[str]) -> None:
         demo.overwrite = False  # once: not where the run goes on
     elif not demo.resume and folder.exists():
         raise CommandError(f"{folder} exists: choose another --output_dir, go on with --resume, or give --overwrite")
-    run = RunFolder(folder, demo.resume)
-    run.begin(as_dict(demo), as_dict(demo).keys() - {"output_dir", "overwrite", "resume"})
+    config = as_dict(demo)
+    RunFolder(folder, demo.resume).begin(config, config.keys() - {"output_dir", "overwrite", "resume"})
     corpus = write_corpus(folder / "corpus", people, demo.forget)
     console.print(f"{demo.people} people were invented, of whom {demo.forget} must be forgotten.")
 

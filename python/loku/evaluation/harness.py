@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -42,20 +41,19 @@ def lm_eval_tasks(
     Raises:
         ImportError: lm-eval is not installed.
     """
-    harness = import_lm_eval()
-    from lm_eval.models.huggingface import HFLM
-
+    simple_evaluate, HFLM = import_lm_eval()
     with evaluation_mode(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         seeds = {f"{of}random_seed": seed for of in ("", "numpy_", "torch_", "fewshot_")}
-        results = harness.simple_evaluate(wrapped, tasks=list(tasks), num_fewshot=0, limit=limit, **seeds)["results"]
+        results = simple_evaluate(wrapped, tasks=list(tasks), num_fewshot=0, limit=limit, **seeds)["results"]
     return {task: results[task]["acc,none"] for task in tasks}
 
 
-def import_lm_eval() -> ModuleType:
-    """The package. Raises ImportError, which says how to install it, where it is not."""
+def import_lm_eval() -> tuple[Callable, type]:
+    """``simple_evaluate`` and ``HFLM``. Raises ImportError, which says how to install them, where one is missing."""
     try:
-        import lm_eval
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ImportError("lm_eval_tasks needs lm-eval: pip install 'loku-kernels[lm-eval]'") from error
-    return lm_eval
+    return simple_evaluate, HFLM
