@@ -87,6 +87,9 @@ def test_what_is_exported_gives_the_logits_of_the_run(workshop, loku, tmp_path, 
         written = {file.name for file in (exported / family / "adapter").iterdir()}
         assert {"adapter_model.safetensors", "adapter_config.json"} <= written and "fila.json" not in written
         assert AutoTokenizer.from_pretrained(exported / family / "merged").eos_token_id == 0
+        # What made it makes it again.
+        loku("export", "--config", exported / family / "merged" / "config.yaml", "--output", tmp_path / "again")
+        assert same_weights(exported / family / "merged", tmp_path / "again", "model.safetensors")
     command = [sys.executable, "-c", LOADING, str(workshop.root), str(exported)]
     subprocess.run(command, check=True, capture_output=True)
     loaded = torch.load(tmp_path / "exported.pt")

@@ -39,7 +39,7 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
     for adapter in options.adapter or []:
         with blaming(f"--adapter {adapter}", RuntimeError):  # torch's, for weights of other shapes
             check_fila_base(model, adapter)
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True)
     if torch.cuda.is_available():
         model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     return model

@@ -62,9 +62,7 @@ class RunFolder:
                         f"the run in {self.path} began with {key} = {earlier.get(key)}, and cannot go on with "
                         f"{plain.get(key)}"
                     )
-        with replacing(self / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(plain, sort_keys=False))
-        write_json(self / "versions.json", {**versions(_PACKAGES), "hardware": hardware(), "commit": commit()})
+        describe(self.path, config)
 
     def _holds_a_run(self) -> bool:
         """Not where a start came to nothing: it may be tried again."""
@@ -79,6 +77,13 @@ class RunFolder:
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         write_json(self / "results.json", results)
+
+
+def describe(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write what a command was told, which ``--config`` takes, and what it runs on: config.yaml and versions.json."""
+    with replacing(folder / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+    write_json(folder / "versions.json", {**versions(_PACKAGES), "hardware": hardware(), "commit": commit()})
 
 
 def run_stage(main: Callable[[list[str]], Any], folder: Path, *arguments: object) -> None:
