@@ -16,12 +16,12 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from loku.inference import evaluation_mode
+from loku.sharding import is_sharded
 
 # The two ends tell the slope at 0 and the cap; those between, whether scale and cap are all there is.
 _SMALL, _LARGE = 2.0**-40, 2.0**40
@@ -130,7 +130,7 @@ def _find_head(model: nn.Module) -> nn.Linear:
     if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
         raise HeadRefused("the head's forward is hooked")  # offloading, for one
     weight = head.weight
-    if isinstance(weight, DTensor) or hasattr(weight, "ds_id") or weight.shape != (head.out_features, head.in_features):
+    if is_sharded(weight) or weight.shape != (head.out_features, head.in_features):
         raise HeadRefused("the head's weight is sharded")
     return head
 

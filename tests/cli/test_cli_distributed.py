@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ import torch.distributed as distributed
 from cli_setup import QUICK, logged, results
 from safetensors.torch import load_file
 from two_processes import FSDP_CONFIG, torchrun
+
+GOAL = ("--benchmark", "tdec", "--el_threshold", 0, "--ma_threshold", 0)
+ADAPTER, WHOLE = "adapter/adapter_model.safetensors", "model/model.safetensors"
 
 
 def test_torchrun_without_an_accelerator_makes_one_run_of_its_processes(workshop, loku, tmp_path, no_plots):
@@ -39,16 +44,34 @@ def test_importance_is_shared_between_processes(workshop, loku, tmp_path):
         torch.testing.assert_close(weights, expected[name], rtol=1e-4, atol=0.0)
 
 
+def assert_same_end(folder: Path, one: Path, file: str = ADAPTER) -> None:
+    """Of a run of two processes and one of a single process with twice the accumulation."""
+    assert results(folder)["after"] == pytest.approx(results(one)["after"], rel=1e-3)
+    found, weights = (load_file(run / file) for run in (folder, one))
+    assert found.keys() == weights.keys()
+    for key, weight in found.items():
+        torch.testing.assert_close(weight, weights[key], rtol=1e-3, atol=1e-4 * float(weight.abs().max()))
+
+
+def measured_to_the_end(workshop, method: str, folder: Path) -> list[object]:
+    """The words of a run after which EL_10 is measured, as it waits for MA as long as that is not reached."""
+    sequences = ["--forget", "tdec[0:4]", "--retain", "tdec[2:6]", "--data_dir", workshop.root]
+    return workshop.unlearn(method, folder, *sequences, *GOAL)
+
+
+def finetuning(workshop, folder: Path) -> list[object]:
+    quick = QUICK[: QUICK.index("--rank")]
+    return [
+        "finetune", "--model", workshop / "llama", "--train", workshop / "forget_text.jsonl", *quick,
+        "--output_dir", folder,
+    ]  # fmt: skip
+
+
 def test_commands_under_fsdp_end_as_one_process_does(workshop, loku, tmp_path, no_plots):
-    """With what is measured after the training: EL_10, which waits for MA as long as that is not reached."""
     (tmp_path / "fsdp.json").write_text(json.dumps(FSDP_CONFIG))
     sharded = ["--fsdp", "full_shard", "--fsdp_config", tmp_path / "fsdp.json"]
-    sequences = ["--forget", "tdec[0:4]", "--retain", "tdec[2:6]", "--data_dir", workshop.root]
-    goal = ["--benchmark", "tdec", "--el_threshold", 0, "--ma_threshold", 0]
-    commands = {method: workshop.unlearn(method, tmp_path / method, *sequences, *goal) for method in ("loku", "ihl")}
-    quick = QUICK[: QUICK.index("--rank")]
-    words = ["finetune", "--model", workshop / "llama", "--train", workshop / "forget_text.jsonl", *quick]
-    commands["finetune"] = [*words, "--output_dir", tmp_path / "finetune"]
+    commands = {method: measured_to_the_end(workshop, method, tmp_path / method) for method in ("loku", "ihl")}
+    commands["finetune"] = finetuning(workshop, tmp_path / "finetune")
     lines = [[*command, *sharded] for command in commands.values()]
     lines = [[str(word) for word in line if word != "--use_cpu"] for line in lines]
     (tmp_path / "commands.json").write_text(json.dumps(lines))
@@ -57,13 +80,47 @@ def test_commands_under_fsdp_end_as_one_process_does(workshop, loku, tmp_path, n
     for name, command in commands.items():
         one = tmp_path / "one" / name
         loku(*command, "--gradient_accumulation_steps", 2, "--output_dir", one)
-        after, expected = results(tmp_path / name)["after"], results(one)["after"]
-        assert after == pytest.approx(expected, rel=1e-3) and ("el_10" in after) == (name != "finetune")
-        file = "model/model.safetensors" if name == "finetune" else "adapter/adapter_model.safetensors"
-        found, weights = (load_file(folder / file) for folder in (tmp_path / name, one))
-        assert found.keys() == weights.keys()
-        for key, weight in found.items():
-            torch.testing.assert_close(weight, weights[key], rtol=1e-3, atol=1e-4 * float(weight.abs().max()))
+        assert ("el_10" in results(one)["after"]) == (name != "finetune")
+        assert_same_end(tmp_path / name, one, WHOLE if name == "finetune" else ADAPTER)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_commands_under_deepspeed_end_as_one_process_does(workshop, loku, tmp_path, no_plots):
+    def configuration(stage: int, **more) -> list[object]:
+        options = {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": False, **more}
+        sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+        path = tmp_path / f"zero{stage}.json"
+        path.write_text(json.dumps({**sizes, "zero_optimization": options, "zero_allow_untested_optimizer": True}))
+        return ["--deepspeed", path]
+
+    def run(command: list[object], *options: object) -> str:
+        words = [str(word) for word in (*command, *options) if word != "--use_cpu"]
+        return torchrun("-m", "loku", *words, DS_ACCELERATOR="cpu")
+
+    def check(command: list[object], folder: Path, *zero: object, file: str = ADAPTER) -> None:
+        run(command, *zero)
+        loku(*command, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one" / folder.name)
+        assert_same_end(folder, tmp_path / "one" / folder.name, file)
+
+    gathering = {"stage3_gather_16bit_weights_on_model_save": True}
+    folders = {name: tmp_path / name for name in ("finetune", "measured", "loku", "ihl")}
+    check(finetuning(workshop, folders["finetune"]), folders["finetune"], *configuration(3, **gathering), file=WHOLE)
+    check(
+        measured_to_the_end(workshop, "ihl", folders["measured"]), folders["measured"], *configuration(3, **gathering)
+    )
+    for method, zero in {"loku": configuration(2), "ihl": configuration(3, **gathering)}.items():
+        command = workshop.unlearn(method, folders[method], "--save_strategy", "epoch")
+        check(command, folders[method], *zero)
+        for late in ("checkpoint-2", "adapter"):
+            shutil.rmtree(folders[method] / late)
+        run(command, *zero, "--resume")
+        assert_same_end(folders[method], tmp_path / "one" / method)
+    for refused, zero, words in (
+        ("loku", configuration(3, **gathering), "needs DeepSpeed's ZeRO of stage 1 or 2"),
+        ("ihl", configuration(3), "stage3_gather_16bit_weights_on_model_save"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            run(workshop.unlearn(refused, tmp_path / "refused" / refused), *zero)
 
 
 def test_a_program_keeps_the_process_group_that_it_made(workshop, loku, tmp_path):

@@ -8,7 +8,7 @@ from transformers import set_seed
 
 from loku.cli.data import Tokenised
 from loku.cli.errors import CommandError, blaming
-from loku.cli.models import load_model, load_tokenizer, model_from_config
+from loku.cli.models import held_whole, load_model, load_tokenizer, model_from_config
 from loku.cli.options import DataOptions, ModelOptions, as_dict, option, parse
 from loku.cli.run_folder import RunFolder, costs_of
 from loku.evaluation import perplexity
@@ -43,10 +43,11 @@ def main(argv: list[str]) -> None:
 
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_options)
-    if finetune.model_config is None:
-        model = load_model(model_options)
-    else:
-        model = model_from_config(finetune.model_config, tokenizer, model_options.dtype)
+    with held_whole(args):
+        if finetune.model_config is None:
+            model = load_model(model_options)
+        else:
+            model = model_from_config(finetune.model_config, tokenizer, model_options.dtype)
     sources = Tokenised.of(data_options, tokenizer, model)
     examples = [example for source in finetune.train for example in sources.examples(source)]
     settled = as_dict(model_options, data_options, finetune)

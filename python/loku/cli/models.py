@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -13,7 +15,9 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.pytorch_utils import Conv1D
 
 from loku.cli.errors import CommandError, blaming
@@ -43,6 +47,18 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
     if torch.cuda.is_available():
         model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     return model
+
+
+@contextmanager
+def held_whole(args: TrainingArguments) -> Iterator[None]:
+    """Models made inside are whole in every process, as FILA needs them: where DeepSpeed's ZeRO-3 is asked for, it takes
+    them apart only when training begins."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed_plugin is not None:
+            args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def model_from_config(path: str, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from loku.cli.benchmarks import Benchmark, BenchmarkOptions
 from loku.cli.data import Tokenised
 from loku.cli.errors import CommandError, blaming
 from loku.cli.importance import fila_config, row_weights
-from loku.cli.models import load_model, load_tokenizer, lora_config
+from loku.cli.models import held_whole, load_model, load_tokenizer, lora_config
 from loku.cli.options import (
     AdapterOptions,
     DataOptions,
@@ -75,7 +75,9 @@ def main(argv: list[str]) -> None:
     run = RunFolder(args.output_dir, unlearn.resume, writes=args.process_index == 0)
 
     set_seed(args.seed)
-    tokenizer, model = load_tokenizer(model_options), load_model(model_options)
+    tokenizer = load_tokenizer(model_options)
+    with held_whole(args):
+        model = load_model(model_options)
     sources = Tokenised.of(data_options, tokenizer, model)
     data = _load(sources, unlearn, method.roles, args.seed)
     lora = lora_config(model, adapter)

@@ -9,7 +9,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_module_weight, get_bnb_param_type
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from loku.sharding import is_sharded
 
 _FRESH_STARTS = (True, False, "gaussian", "orthogonal")
 _QUANTISED_LAYERS = ("Linear4bit", "Linear8bitLt")  # PEFT defines them only where bitsandbytes is installed
@@ -40,7 +41,7 @@ def check_whole(layers: dict[str, LoraLayer]) -> None:
     """Raises ValueError unless this process holds the base weights."""
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
-        if weight.device.type == "meta" or isinstance(weight, DTensor):
+        if weight.device.type == "meta" or is_sharded(weight):
             raise ValueError(
                 f"the weight of {name} is on the meta device or sharded, but a loaded, whole model is needed"
             )

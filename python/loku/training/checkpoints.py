@@ -32,7 +32,8 @@ def checkpoint_fault(path: str | os.PathLike) -> str | None:
     path = Path(path)
     if not (path / _STATE).is_file():
         return f"it has no {_STATE}, which is written last"
-    return next((f"{file.name} is cut short" for file in sorted(path.iterdir()) if not _is_whole(file)), None)
+    files = sorted(file for file in path.rglob("*") if file.is_file())  # DeepSpeed and FSDP make folders of their own
+    return next((f"{file.relative_to(path)} is cut short" for file in files if not _is_whole(file)), None)
 
 
 def _is_whole(file: Path) -> bool:

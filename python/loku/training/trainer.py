@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -54,7 +56,8 @@ class UnlearningTrainer(Trainer):
         ValueError: a data set that the method needs is missing or empty; a sequence is longer than the model's context;
             the method needs a reference, and the model is no PeftModel or also trains weights of its base; the method
             needs FILA, and the adapter was not started by it; ``packing="always"`` and the model does not keep packed
-            sequences apart.
+            sequences apart; a FILA adapter would be sharded by FSDP 1 or ZeRO-3, or ZeRO-3 would not save what it
+            trains.
     """
 
     loss_is_scaled_for_ga = True  # by the totals
@@ -77,8 +80,7 @@ class UnlearningTrainer(Trainer):
             logger.warning(f"Using one of {args.n_gpu} GPUs: a packed batch cannot be split; launch with torchrun.")
             args._n_gpu = 1
         super().__init__(model, args, train_dataset=pairs, **options)
-        if self.is_fsdp_enabled and has_fila(model) and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError("a FILA adapter needs version 2 of FSDP, fsdp_config's default, but version 1 was set")
+        _check_sharding(self.accelerator.state, has_fila(model))
         self.model_accepts_loss_kwargs = True  # transformers before 5 reads that the loss is scaled from this
         with self.accelerator.autocast():
             self.scorer = Scorer(self.model, args.chunk_bytes)
@@ -235,6 +237,20 @@ def _check_adapter(model: nn.Module, method: Method) -> None:
             f"method {method.name!r} needs an adapter started by loku.fila.initialize_lora_fila_weights, or loaded "
             f"by load_fila_adapter; without FILA it is {'ihl' if method.name == 'loku' else 'gd'!r}"
         )
+
+
+def _check_sharding(state: AcceleratorState, fila: bool) -> None:
+    """A FILA adapter is saved through its modules' state dicts, which not every kind of sharding asks."""
+    if fila and state.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError("a FILA adapter needs version 2 of FSDP, fsdp_config's default, but version 1 was set")
+    if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
+        if fila:
+            raise ValueError("a FILA adapter needs DeepSpeed's ZeRO of stage 1 or 2, or FSDP, but stage 3 was set")
+        if not state.deepspeed_plugin.zero3_save_16bit_model:
+            raise ValueError(
+                "what is trained under DeepSpeed's ZeRO-3 is saved only where its configuration says so: set "
+                "stage3_gather_16bit_weights_on_model_save to true"
+            )
 
 
 def _row_tokens(model: nn.Module, args: UnlearnConfig, longest: int) -> int | None:
