@@ -51,8 +51,8 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
 
 @contextmanager
 def held_whole(args: TrainingArguments) -> Iterator[None]:
-    """Models made inside are whole in every process, as FILA needs them: where DeepSpeed's ZeRO-3 is asked for, it takes
-    them apart only when training begins."""
+    """Models made inside are whole in every process, as FILA needs them: DeepSpeed's ZeRO-3 then takes them apart only
+    when training begins."""
     unset_hf_deepspeed_config()
     try:
         yield
