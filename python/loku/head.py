@@ -59,8 +59,9 @@ class OutputHead:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside DistributedDataParallel or DeepSpeed's engine, or the model itself."""
+    is_engine = hasattr(model, "zero_optimization_stage")
+    return model.module if is_engine or isinstance(model, DistributedDataParallel) else model
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -118,7 +119,7 @@ def _find_head(model: nn.Module) -> nn.Linear:
         raise HeadRefused("DistributedDataParallel searches the outputs for unused parameters")
     model = unwrapped(model)
     if not isinstance(model, (PreTrainedModel, PeftModel)):
-        raise HeadRefused(f"{type(model).__name__} may hold its parameters in parts")  # FSDP, DeepSpeed
+        raise HeadRefused(f"{type(model).__name__} may hold its parameters in parts")  # FSDP 1
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise HeadRefused("the model is compiled")
     head = (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()
@@ -127,11 +128,11 @@ def _find_head(model: nn.Module) -> nn.Linear:
         head = head.modules_to_save[head.active_adapters[0]] if trained else head.original_module
     if type(head) is not nn.Linear:
         raise HeadRefused(f"the head is {type(head).__name__}, not a plain nn.Linear")
-    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
-        raise HeadRefused("the head's forward is hooked")  # offloading, for one
     weight = head.weight
     if is_sharded(weight) or weight.shape != (head.out_features, head.in_features):
         raise HeadRefused("the head's weight is sharded")
+    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        raise HeadRefused("the head's forward is hooked")  # offloading, for one
     return head
 
 

@@ -220,6 +220,27 @@ def test_heads_that_are_not_taken_over():
     assert isinstance(scorer(flat, batch_of(POOLS)), LogitScores)
 
 
+def test_deepspeeds_engine_is_looked_into():
+    class Engine(nn.Module):  # as DeepSpeedEngine is made
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def zero_optimization_stage(self):
+            return 2
+
+        def forward(self, *inputs, **named):
+            return self.module(*inputs, **named)
+
+    model, batch = causal_lm("llama"), batch_of(POOLS)
+    scorer = Scorer(model)
+    scores, expected = scorer(Engine(model), batch), scorer(model, batch)
+    assert isinstance(scores, HiddenScores) and scorer.refusal is None
+    assert torch.equal(scores.log_probabilities(), expected.log_probabilities())
+    model.lm_head.weight.ds_id = 1  # stage 3
+    assert isinstance(scorer(Engine(model), batch), LogitScores) and "sharded" in scorer.refusal
+
+
 def test_the_head_comes_back_when_the_model_fails():
     model = causal_lm("llama")
     scorer, batch = Scorer(model), batch_of(POOLS)

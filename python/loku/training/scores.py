@@ -185,7 +185,7 @@ class Scorer:
     """scorer(model, batch) -> Scores, from hidden states where that gives the model's own logits.
 
     Whether it does is measured once, on the bare model: see `loku.head`. Where it does not, the model computes
-    its logits: LoRA on the head, a quantised, offloaded or compiled head, FSDP, DeepSpeed, and models that do more to
+    its logits: LoRA on the head, a quantised, offloaded or compiled head, FSDP, ZeRO-3, and models that do more to
     their logits than scale and cap them.
 
     Attributes:

@@ -40,7 +40,7 @@ class UnlearningTrainer(Trainer):
     minimised. Beside ``loss`` the log has its terms, ``forget_loss`` and ``retain_loss``.
 
     The head runs on scored tokens only, a chunk at a time; see `loku.training.Scorer` for which heads it cannot
-    (sharded ones, by FSDP or DeepSpeed, for example), whose models compute their logits as usual. ``trainer.scorer``
+    (sharded ones, by FSDP or ZeRO-3, for example), whose models compute their logits as usual. ``trainer.scorer``
     tells. A run that resumes at the same arguments ends at the same weights as one that never stopped.
 
     Args:
