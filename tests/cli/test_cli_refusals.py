@@ -195,7 +195,7 @@ def test_evaluations_that_cannot_be(workshop, refused, folder, tmp_path, monkeyp
 
 
 def test_exports_and_reports_of_nothing(workshop, refused, tmp_path):
-    export = ["export", "--model", workshop / "llama", "--output", tmp_path / "out"]
+    export = ["export", "--model", workshop / "llama", "--output_dir", tmp_path / "out"]
     assert "--adapter is required" in refused(*export)
     assert "holds no adapter_model.safetensors" in refused(*export, "--adapter", tmp_path)
     assert "--runs is required" in refused("report")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import signal
 import subprocess
@@ -207,17 +208,27 @@ def test_full_disk_at_the_end(workshop, loku, refused, folder, no_plots, unbroke
     assert results(folder)["after"] == results(unbroken("kl"))["after"]
 
 
-def test_full_disk_leaves_earlier_files_whole(workshop, loku, refused, tmp_path, unbroken):
-    exported = tmp_path / "exported"
-    words = ["export", "--model", workshop / "llama", "--adapter", unbroken("kl") / "adapter", "--output", exported]
-    loku(*words)
-    file = exported / "adapter_model.safetensors"
-    before = file.read_bytes()
+def test_full_disk_in_an_export(workshop, loku, refused, tmp_path, unbroken):
+    adapter, exported = unbroken("kl") / "adapter", tmp_path / "exported"
+    words = ["export", "--model", workshop / "llama", "--adapter", adapter, "--output_dir", exported]
     with file_size_limit() as limit:
         limit(1000)
-        line = refused(*words)
-    assert "cannot be written" in line and file.read_bytes() == before
-    assert not [path for path in tmp_path.rglob(".*")]  # no halves left behind
+        assert "cannot be written" in refused(*words)
+    assert not list(exported.glob("adapter*")) and not [path for path in tmp_path.rglob(".*")]
+    loku(*words, "--resume")
+    assert same_weights(exported, adapter, "adapter_model.safetensors")
+    for line in logged(exported):
+        contents = (exported / line["file"]).read_bytes()
+        assert line["bytes"] == len(contents) and line["sha256"] == hashlib.sha256(contents).hexdigest()
+    assert "holds a run already" in refused(*words)
+    for damaged in (False, True):
+        if damaged:
+            (exported / "adapter_model.safetensors").write_bytes(b"")
+        written = (exported / "results.json").stat().st_mtime_ns
+        loku("export", "--output_dir", exported, "--resume")  # the rest of the words is in its config.yaml
+        assert ((exported / "results.json").stat().st_mtime_ns > written) == damaged
+    assert same_weights(exported, adapter, "adapter_model.safetensors")
+    assert "began with format = adapter" in refused(*words, "--resume", "--format", "merged")
 
 
 @pytest.mark.parametrize("minutes", [0, 10])

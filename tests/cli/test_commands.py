@@ -84,13 +84,14 @@ def test_what_is_exported_gives_the_logits_of_the_run(workshop, loku, tmp_path, 
         loku(*workshop.unlearn("loku", tmp_path / family, family=family))
         base = ["--model", workshop / family, "--adapter", tmp_path / family / "adapter"]
         for kind in ("adapter", "merged"):
-            loku("export", *base, "--format", kind, "--output", exported / family / kind)
+            loku("export", *base, "--format", kind, "--output_dir", exported / family / kind)
         written = {file.name for file in (exported / family / "adapter").iterdir()}
         assert {"adapter_model.safetensors", "adapter_config.json"} <= written and "fila.json" not in written
         assert AutoTokenizer.from_pretrained(exported / family / "merged").eos_token_id == 0
         # What made it makes it again.
-        loku("export", "--config", exported / family / "merged" / "config.yaml", "--output", tmp_path / "again")
-        assert same_weights(exported / family / "merged", tmp_path / "again", "model.safetensors")
+        config, again = exported / family / "merged" / "config.yaml", tmp_path / "again" / family
+        loku("export", "--config", config, "--output_dir", again)
+        assert same_weights(config.parent, again, "model.safetensors")
     command = [sys.executable, "-c", LOADING, str(workshop.root), str(exported)]
     subprocess.run(command, check=True, capture_output=True)
     loaded = torch.load(tmp_path / "exported.pt")
@@ -234,7 +235,7 @@ def test_unlearning_from_an_adapter_is_exported_with_it(
     loku(*workshop.unlearn("gd", tmp_path / "first", "--learning_rate", "1e-1"))
     final = keep_final_logits(monkeypatch)
     loku(*workshop.unlearn("loku", folder, "--adapter", first))
-    merged = ["--format", "merged", "--output", tmp_path / "merged"]
+    merged = ["--format", "merged", "--output_dir", tmp_path / "merged"]
     line = refused("export", *base, "--adapter", folder / "adapter", *merged)
     assert f"--adapter {folder / 'adapter'}" in line and "belongs to another base model" in line
     loku("export", *base, "--adapter", first, folder / "adapter", *merged)
@@ -286,7 +287,7 @@ def test_an_evaluation_is_not_overwritten(workshop, loku, refused, tmp_path, mon
 def test_weights_are_stored_in_the_dtype_asked_for(workshop, loku, tmp_path, no_plots):
     loku(*workshop.unlearn("ihl", tmp_path / "run", "--dtype", "bfloat16"))
     base = ["--model", workshop / "llama", "--dtype", "bfloat16", "--adapter", tmp_path / "run" / "adapter"]
-    loku("export", *base, "--format", "merged", "--output", tmp_path / "merged")
+    loku("export", *base, "--format", "merged", "--output_dir", tmp_path / "merged")
     with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == "bfloat16"

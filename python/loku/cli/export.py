@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from transformers import set_seed
 
 from loku.cli.errors import CommandError
 from loku.cli.models import load_model, load_tokenizer
 from loku.cli.options import ModelOptions, as_dict, option, parse
-from loku.cli.run_folder import describe
-from loku.files import filling
+from loku.cli.run_folder import RunFolder
+from loku.files import filling, write_json_lines
 
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+_WHERE = {"output_dir", "resume"}  # may change when a run goes on
 
 
 @dataclass
@@ -21,7 +26,9 @@ class ExportRun:
     """What to write, and where."""
 
     format: Literal["adapter", "merged"] = option("adapter", "a plain LoRA adapter, or the model with it merged in")
-    output: str = option("export", "folder to write")
+    output_dir: str = option("export", "folder to write")
+    seed: int = option(0, "of weights that the model's files lack, which are drawn at random")
+    resume: bool = option(False, "leave what is in output_dir if it is whole, by its SHA-256; write it anew if not")
 
 
 def main(argv: list[str]) -> None:
@@ -29,28 +36,47 @@ def main(argv: list[str]) -> None:
 
     `adapter`: the files that PeftModel.from_pretrained loads on the unmodified base model. `merged`: the model's
     weights with the adapter in them, and the tokenizer, for AutoModelForCausalLM.from_pretrained. Beside either, what
-    made it: config.yaml and versions.json. Where unlearning began from an adapter, give that one first: --adapter
-    memorised run/adapter.
-
-    Nothing is drawn at random, and nothing is written before all of it is: a run that is broken off begins anew.
+    made it, and a line a file in metrics.jsonl: its size and SHA-256. Where unlearning began from an adapter, give that
+    one first: --adapter memorised run/adapter.
     """
-    model_options, run = parse("export", [ModelOptions, ExportRun], argv, main.__doc__)
+    model_options, export = parse("export", [ModelOptions, ExportRun], argv, main.__doc__)
     if model_options.adapter is None:
         raise CommandError("--adapter is required: the folder `adapter` of a run, or one of its checkpoints")
     source = Path(model_options.adapter[-1])
     if not (source / "adapter_model.safetensors").is_file():
         raise CommandError(f"--adapter {source} holds no adapter_model.safetensors")
-    whole = [load_model(model_options), load_tokenizer(model_options)] if run.format == "merged" else []
-    with filling(run.output) as folder:
-        for part in whole:
-            part.save_pretrained(folder)
-        if run.format == "adapter":
-            _copy_adapter(source, folder)
-        describe(folder, as_dict(model_options, run))
-    print(f"{run.format} written to {run.output}")
+    run = RunFolder(export.output_dir, export.resume)
+    config = as_dict(model_options, export)
+    run.begin(config, config.keys() - _WHERE)
+    if not _is_whole(run):
+        started = time.perf_counter()
+        set_seed(export.seed)
+        merged = [load_model(model_options), load_tokenizer(model_options)] if export.format == "merged" else []
+        with filling(run.path) as folder:
+            for part in merged:
+                part.save_pretrained(folder)
+            if not merged:
+                _copy_adapter(source, folder)
+            lines = [_line(file) for file in sorted(folder.iterdir())]
+        write_json_lines(run / "metrics.jsonl", lines)
+        total = sum(line["bytes"] for line in lines)
+        run.write_results({"bytes": total, "seconds": round(time.perf_counter() - started, 3)})
+    print(f"{export.format} written to {run.path}")
 
 
 def _copy_adapter(source: Path, folder: Path) -> None:
     for name in _ADAPTER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def _is_whole(run: RunFolder) -> bool:
+    """Whether every file that was written is there as it was."""
+    files = {run / line["file"]: line for line in run.lines()}
+    return bool(files) and all(file.is_file() and _line(file) == line for file, line in files.items())
+
+
+def _line(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}

@@ -62,7 +62,9 @@ class RunFolder:
                         f"the run in {self.path} began with {key} = {earlier.get(key)}, and cannot go on with "
                         f"{plain.get(key)}"
                     )
-        describe(self.path, config)
+        with replacing(self / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(plain, sort_keys=False))
+        write_json(self / "versions.json", {**versions(_PACKAGES), "hardware": hardware(), "commit": commit()})
 
     def _holds_a_run(self) -> bool:
         """Not where a start came to nothing: it may be tried again."""
@@ -77,13 +79,6 @@ class RunFolder:
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         write_json(self / "results.json", results)
-
-
-def describe(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write what a command was told, which ``--config`` takes, and what it runs on: config.yaml and versions.json."""
-    with replacing(folder / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(_plain(config), sort_keys=False))
-    write_json(folder / "versions.json", {**versions(_PACKAGES), "hardware": hardware(), "commit": commit()})
 
 
 def run_stage(main: Callable[[list[str]], Any], folder: Path, *arguments: object) -> None:
