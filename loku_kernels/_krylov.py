@@ -49,9 +49,8 @@ class BlockKrylov:
         self.energies: list[float] = []
         self._is_near = False
         self._next = _orthonormal(start, _gram(start))
-        self._eps = torch.finfo(start.dtype).eps
         noise = start.new_empty(start.shape).uniform_(-1, 1, generator=generator)
-        self._noise = noise * (self._eps / self.size**0.5)
+        self._noise = noise * (torch.finfo(start.dtype).eps / self.size**0.5)
 
     def step(self) -> None:
         """Take in the next block. Synchronises: the small eigenproblem is solved on the host."""
@@ -98,7 +97,7 @@ class BlockKrylov:
         # Noise as large as the rounding errors of `image` gives generic directions where the space is exhausted, and
         # what is left of the rows may already be in the basis. The same numbers in other columns do as well as new
         # ones.
-        height = torch.linalg.vector_norm(image, dim=1, keepdim=True) + self._eps
+        height = torch.linalg.vector_norm(image, dim=1, keepdim=True) + torch.finfo(image.dtype).eps
         rows = torch.addcmul(image, self._noise.roll(self.dimension, dims=1), height)
         rows = torch.addmm(rows, coefficients, basis, alpha=-1)
         outside = _gram(rows)

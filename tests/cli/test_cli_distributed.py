@@ -18,6 +18,15 @@ GOAL = ("--benchmark", "tdec", "--el_threshold", 0, "--ma_threshold", 0)
 ADAPTER, WHOLE = "adapter/adapter_model.safetensors", "model/model.safetensors"
 
 
+def assert_same_end(folder: Path, one: Path, file: str = ADAPTER) -> None:
+    """Of a run of two processes and one of a single process with twice the accumulation."""
+    assert results(folder)["after"] == pytest.approx(results(one)["after"], rel=1e-3)
+    found, weights = (load_file(run / file) for run in (folder, one))
+    assert found.keys() == weights.keys()
+    for key, weight in found.items():
+        torch.testing.assert_close(weight, weights[key], rtol=1e-3, atol=1e-4 * float(weight.abs().max()))
+
+
 def test_torchrun_without_an_accelerator_makes_one_run_of_its_processes(workshop, loku, tmp_path, no_plots):
     """Nothing on the command line says that it is a CPU: by themselves, the processes would not know of each other."""
     two, one = tmp_path / "two", tmp_path / "one"
@@ -26,10 +35,7 @@ def test_torchrun_without_an_accelerator_makes_one_run_of_its_processes(workshop
     loku(*workshop.unlearn("loku", one, "--gradient_accumulation_steps", 2))
     assert [line["step"] for line in logged(two)] == [line["step"] for line in logged(one)]
     assert results(two)["steps"] == results(one)["steps"]
-    found, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (two, one))
-    assert found.keys() == expected.keys()
-    for name, weight in found.items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4 * float(weight.abs().max()))
+    assert_same_end(two, one)
 
 
 def test_importance_is_shared_between_processes(workshop, loku, tmp_path):
@@ -42,15 +48,6 @@ def test_importance_is_shared_between_processes(workshop, loku, tmp_path):
     assert found.keys() == expected.keys()
     for name, weights in found.items():
         torch.testing.assert_close(weights, expected[name], rtol=1e-4, atol=0.0)
-
-
-def assert_same_end(folder: Path, one: Path, file: str = ADAPTER) -> None:
-    """Of a run of two processes and one of a single process with twice the accumulation."""
-    assert results(folder)["after"] == pytest.approx(results(one)["after"], rel=1e-3)
-    found, weights = (load_file(run / file) for run in (folder, one))
-    assert found.keys() == weights.keys()
-    for key, weight in found.items():
-        torch.testing.assert_close(weight, weights[key], rtol=1e-3, atol=1e-4 * float(weight.abs().max()))
 
 
 def measured_to_the_end(workshop, method: str, folder: Path) -> list[object]:
