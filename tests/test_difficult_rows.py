@@ -184,3 +184,17 @@ def test_subnormal_numbers_are_as_before_afterwards(backend, device):
     logits = logits.requires_grad_()
     lk.fused_ihl(logits, labels).backward()
     assert (torch.full((1 << 16,), 1e-38, device=device) * 0.01 > 0).all()
+
+
+@pytest.mark.parametrize("shift", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_runner_up_in_every_column(backend, device, dtype, shift):
+    """Rows start at every address modulo 16 bytes; the kernels handle a row's ends apart from its body."""
+    rows = columns = 90
+    logits = torch.randn(rows * columns + shift, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    logits = logits[shift:].view(rows, columns)
+    logits.fill_diagonal_(6.0)
+    for labels in (torch.arange(rows, device=device).roll(distance) for distance in (1, -1, 40)):
+        loss, statistics = lk.fused_ihl(logits, labels, reduction="none", return_statistics=True)
+        assert torch.equal(statistics.runner_up_index, torch.arange(rows, device=device))
+        torch.testing.assert_close(loss.double(), eager_ihl(logits.double(), labels), rtol=1e-5, atol=0)

@@ -39,7 +39,7 @@ def test_unlearning_in_a_dozen_lines(tmp_path, monkeypatch):
     names = {"name": str(tmp_path / "model")}
     exec(_example("from peft import LoraConfig"), names)
     ids = torch.tensor([tokenizer(texts[0]).input_ids])
-    trained = names["model"].eval()
+    trained = names["model"].eval().cpu()
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(names["name"]), "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(reloaded(ids).logits, trained(ids).logits, rtol=1e-4, atol=1e-4)

@@ -25,7 +25,7 @@ def test_a_sweep_loads_128_bits_a_thread(vocabulary, dtype, interpreted):
     assert chosen["GRANULE"] * dtype.itemsize == 16
     assert _is_power_of_two(chosen["LANES"])
     if not interpreted:
-        assert chosen["LANES"] == chosen["num_warps"] * 32 * chosen["GRANULE"]
+        assert chosen["LANES"] == chosen["num_warps"] * 32
 
 
 @given(VOCABULARIES, DTYPES, st.booleans(), st.booleans())

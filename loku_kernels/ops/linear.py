@@ -271,8 +271,10 @@ def _chunks(
     n_rows = hidden.shape[0] if rows is None else rows.shape[0]
     if chunk_bytes is None:
         chunk_bytes = launch.default_chunk_bytes(hidden.device.type)
-    height = launch.chunk_rows(n_rows, weight.shape[0], hidden.element_size(), chunk_bytes)
-    buffer = memory.empty((height, weight.shape[0]), hidden.dtype, hidden.device)
+    vocabulary = weight.shape[0]
+    width = launch.row_stride(vocabulary, hidden.element_size(), hidden.device.type)
+    height = launch.chunk_rows(n_rows, width, hidden.element_size(), chunk_bytes)
+    buffer = memory.empty((height, width), hidden.dtype, hidden.device)[:, :vocabulary]
     for start in range(0, n_rows, height):
         chunk = slice(start, min(start + height, n_rows))
         chunk = chunk if rows is None else rows[chunk]

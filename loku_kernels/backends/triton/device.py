@@ -1,11 +1,11 @@
 """What the row kernels share: how a row is cut for 128-bit access, how it is swept, and the transform of its logits.
 
 A row starts at any address: its bytes are V times the item size, which is no multiple of 16 for V = 50257. So a row is
-cut into its *body*, the granules of 16 bytes that lie inside it, and its *ends*, the few columns before and after. The
-body is loaded and stored 128 bits at a time; nothing outside the row is touched.
+cut into its *body*, granules of 16 bytes that start at a line of 128, and its *ends*, the few columns before and after.
+The body is loaded and stored 128 bits at a time, in whole lines; nothing outside the row is touched.
 
-    column        0 .. head-1 | head ............ head+body-1 | head+body .. V-1
-    address                   ^ a multiple of 16 bytes         ^ likewise
+    column        0 .. head-1 | head ............. head+body-1 | head+body .. V-1
+    address                   ^ a multiple of 128 bytes         ^ a multiple of 16
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loku_kernels.backends.triton import launch
 
 INTERPRETED = tl.constexpr(launch.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the smallest finite float32
+LINE = tl.constexpr(8)  # granules
 NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
@@ -56,30 +56,30 @@ def read_label(labels_ptr, row, V, ignore_index):
 def cut(row_ptr, V, GRANULE: tl.constexpr):
     """(head, body) of the row at ``row_ptr``, in columns."""
     item: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
-    past = (row_ptr.to(tl.int64) // item % GRANULE).to(tl.int32)
-    head = tl.minimum((GRANULE - past) % GRANULE, V)
+    line: tl.constexpr = LINE * GRANULE
+    past = (row_ptr.to(tl.int64) // item % line).to(tl.int32)
+    head = tl.minimum((line - past) % line, V)
     return head, (V - head) // GRANULE * GRANULE
 
 
 @triton.jit
 def advance(ptr, head, GRANULE: tl.constexpr):
-    """The start of the body, with the compiler told that ``cut`` aligned it."""
+    """The start of the body, with the compiler told how ``cut`` aligned it."""
     item: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
     return tl.multiple_of(ptr + head, GRANULE * item)
 
 
 @triton.jit
-def end_columns(head, body, hole, V, GRANULE: tl.constexpr):
-    """The columns to be handled one by one, and which of these 4 * GRANULE lanes hold one.
+def end_columns(head, body, hole, V, GRANULE: tl.constexpr, LANES: tl.constexpr):
+    """The columns to be handled one by one, as (LANES, GRANULE), and which of these places hold one.
 
     They are those before and after the body and, if ``hole < body``, the body's granule at ``hole``.
     """
-    lane = tl.arange(0, 4 * GRANULE)
-    part = lane // GRANULE
-    first = tl.where(part == 0, 0, tl.where(part == 1, head + body, head + hole))
-    last = tl.where(part == 0, head, tl.where(part == 1, V, tl.where((part == 2) & (hole < body), V, 0)))
-    column = first + lane % GRANULE
-    return column, column < last
+    lane = tl.arange(0, LANES)
+    first = tl.where(lane < LINE, lane * GRANULE, tl.where(lane == LINE, head + body, head + hole))
+    last = tl.where(lane < LINE, head, tl.where(lane == LINE, V, tl.where((lane == LINE + 1) & (hole < body), V, 0)))
+    column = first[:, None] + tl.arange(0, GRANULE)[None, :]
+    return column, column < last[:, None]
 
 
 @triton.jit
@@ -116,55 +116,72 @@ def tanh(x):
     return tl.where(x < 0, -magnitude, magnitude)
 
 
-# The sweep. Each lane keeps the largest logit m it has met, where it met it, and R = sum of exp(z - m) over the others
-# it met. A lane that has met nothing but -inf has m = LOWEST and R = -1, so that R + 1 counts what it met, and the
-# first logit needs no case of its own. Columns come in descending order, so that the last of equal logits is the lowest
-# column.
+# The sweep. A lane takes one granule of a tile at a time, and keeps the largest logit m it has met, the column best at
+# which the granule with it starts, and R = sum of exp(z - m) over all it met. Comparing whole granules costs a fraction
+# of an instruction a logit, and a sweep of half-precision logits is limited by instructions.
+#
+# The runner-up's own 1 must not stay in R, where it would leave no digits of what is small beside it. Only one lane has
+# met it: at the end, that lane's logits are summed anew without it.
 
 
 @triton.jit
-def absorb(z, start, m, R, best):
-    """One more logit for each lane, at the cost of one exponential."""
-    e = exp(-tl.abs(z - m))
-    larger = z >= m
-    R = tl.fma(R, tl.where(larger, e, 1.0), e)
-    return tl.where(larger, z, m), R, tl.where(larger, start, best)
+def finite(m):
+    """What to subtract in an exponent: exp(-inf - -inf) would be NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
-def lowest_column(column, m, R, top):
-    """The lowest column in which a lane met ``top``."""
-    return tl.min(tl.where((m == top) & (R >= 0), column, NO_COLUMN))
+def absorb(z, column, m, R, best):
+    """One more granule for each lane, in ascending order of columns, so that the lowest of equal logits is kept."""
+    top = tl.max(z, axis=1)
+    larger = top > m
+    highest = tl.where(larger, top, m)
+    reference = finite(highest)
+    R = R * exp(m - reference) + tl.sum(exp(z - reference[:, None]), axis=1)
+    return highest, R, tl.where(larger, column, best)
 
 
 @triton.jit
-def rest_of(column, m, R, top, index):
-    """The lanes' sum of exp(z - top), without the logit at ``index``."""
-    e = tl.where(m == top, 1.0, exp(m - top))
-    return tl.sum((R + tl.where((column == index) & (R >= 0), 0.0, 1.0)) * e)
+def is_swept(position, body, hole):
+    """Whether the sweep takes the granule at ``position`` of the body: not if the target is in it."""
+    return (position >= 0) & (position < body) & (position != hole)
 
 
 @triton.jit
-def absorb_ends(
-    row_ptr, head, body, hole, target, V, scale, softcap, GRANULE: tl.constexpr, TRANSFORM: tl.constexpr
+def load_granules(body_ptr, position, body, hole, GRANULE: tl.constexpr):
+    """The granules of the body that start at ``position``, a column of positions; -inf where there is none to sweep."""
+    inside = is_swept(position, body, hole)
+    return tl.load(body_ptr + (position + tl.arange(0, GRANULE)[None, :]), mask=inside, other=float("-inf"))
+
+
+@triton.jit
+def transformed_granules(tile, position, body, hole, scale, softcap, TRANSFORM: tl.constexpr):
+    z = transformed(tile, scale, softcap, TRANSFORM)
+    if TRANSFORM != "none":
+        z = tl.where(is_swept(position, body, hole), z, float("-inf"))
+    return z
+
+
+@triton.jit
+def without_runner_up(
+    body_ptr, granule, runner_up, body, hole, scale, softcap,
+    GRANULE: tl.constexpr, LANES: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    """(column, m, R) of the ends and of the target's neighbours, so that the sweep need not look for the target."""
-    column, inside = end_columns(head, body, hole, V, GRANULE)
-    inside &= column != target
-    z = transformed(tl.load(row_ptr + column, mask=inside, other=0.0), scale, softcap, TRANSFORM)
-    m, R, _ = absorb(tl.where(inside, z, float("-inf")), 0, LOWEST, -1.0, 0)
-    return column, m, R
-
-
-@triton.jit
-def is_swept(position, body, hole, GRANULE: tl.constexpr):
-    """Whether the sweep over the body meets ``position``; the same for all of a granule, so a granule is one load."""
-    return (position >= 0) & (position < body) & (position // GRANULE != hole // GRANULE)
-
-
-@triton.jit
-def load_tile(body_ptr, position, body, hole, GRANULE: tl.constexpr):
-    return tl.load(body_ptr + position, mask=is_swept(position, body, hole, GRANULE), other=float("-inf"))
+    """(where in ``granule`` the runner-up is, sum of exp(z - runner_up) over the other logits of its lane)."""
+    TILE: tl.constexpr = LANES * GRANULE
+    total = tl.zeros([LANES], tl.float32)  # over those below the runner-up
+    equal = tl.zeros([LANES], tl.int32)
+    index = tl.full([LANES], NO_COLUMN, tl.int32)
+    for start in range(granule % TILE // GRANULE * GRANULE, body, TILE * LANES):
+        position = (start + tl.arange(0, LANES) * TILE)[:, None]
+        tile = load_granules(body_ptr, position, body, hole, GRANULE)
+        z = transformed_granules(tile, position, body, hole, scale, softcap, TRANSFORM)
+        ties = z == runner_up
+        total += tl.sum(tl.where(ties, 0.0, exp(z - finite(runner_up))), axis=1)
+        equal += tl.sum(ties.to(tl.int32), axis=1)
+        place = position + tl.arange(0, GRANULE)[None, :]
+        index = tl.minimum(index, tl.min(tl.where(ties, place, NO_COLUMN), axis=1))
+    return tl.min(index), tl.sum(total) + (tl.sum(equal) - 1)
 
 
 @triton.jit
@@ -176,58 +193,72 @@ def row_statistics(
     head, body = cut(row_ptr, V, GRANULE)
     in_body = (target >= head) & (target < head + body)
     hole = tl.where(in_body, (target - head) // GRANULE * GRANULE, body)
-
-    end, end_m, end_R = absorb_ends(row_ptr, head, body, hole, target, V, scale, softcap, GRANULE, TRANSFORM)
-
-    lane = tl.arange(0, LANES)
     body_ptr = advance(row_ptr, head, GRANULE)
-    m = tl.full([LANES], LOWEST, tl.float32)
-    R = tl.full([LANES], -1.0, tl.float32)
-    best = tl.zeros([LANES], tl.int32)
-    first = tl.cdiv(body, AHEAD * LANES) * (AHEAD * LANES) - LANES
+    TILE: tl.constexpr = LANES * GRANULE
+
+    lane = tl.arange(0, LANES) * GRANULE
     tiles = ()
     for step in tl.static_range(AHEAD):
-        tiles += (load_tile(body_ptr, first - step * LANES + lane, body, hole, GRANULE),)
-    for swept in range(0, body, AHEAD * LANES):
+        tiles += (load_granules(body_ptr, (step * TILE + lane)[:, None], body, hole, GRANULE),)
+    z_target = transformed(tl.load(row_ptr + target), scale, softcap, TRANSFORM)
+    column, inside = end_columns(head, body, hole, V, GRANULE, LANES)
+    inside &= column != target
+    ends = tl.load(row_ptr + column, mask=inside, other=float("-inf"))
+
+    m = tl.full([LANES], float("-inf"), tl.float32)
+    R = tl.zeros([LANES], tl.float32)
+    best = lane
+    for start in range(0, body, AHEAD * TILE):
         for step in tl.static_range(AHEAD):
-            start = first - swept - step * LANES
-            z = transformed(tiles[0], scale, softcap, TRANSFORM)
-            if TRANSFORM != "none":
-                z = tl.where(is_swept(start + lane, body, hole, GRANULE), z, float("-inf"))
-            m, R, best = absorb(z, start, m, R, best)
-            following = load_tile(body_ptr, start - AHEAD * LANES + lane, body, hole, GRANULE)
+            position = start + step * TILE + lane
+            z = transformed_granules(tiles[0], position[:, None], body, hole, scale, softcap, TRANSFORM)
+            m, R, best = absorb(z, position, m, R, best)
+            following = load_granules(body_ptr, (position + AHEAD * TILE)[:, None], body, hole, GRANULE)
             tiles = tiles[1:] + (following,)  # noqa: RUF005 (Triton does not unpack)
 
-    column = head + best + lane
-    runner_up = tl.maximum(tl.max(m), tl.max(end_m))
-    index = tl.minimum(lowest_column(column, m, R, runner_up), lowest_column(end, end_m, end_R, runner_up))
-    rest = rest_of(column, m, R, runner_up, index) + rest_of(end, end_m, end_R, runner_up, index)
-    only_infinite = index == NO_COLUMN
+    z_end = tl.where(inside, transformed(ends, scale, softcap, TRANSFORM), float("-inf"))
+    runner_up = tl.max(tl.maximum(m, tl.max(z_end, axis=1)))
+    reference = finite(runner_up)
+    in_ends = tl.min(tl.where(z_end == runner_up, column, NO_COLUMN), axis=1)
+    index = tl.min(tl.minimum(tl.where(m == runner_up, head + best, NO_COLUMN), in_ends))
+
+    rest = tl.where((m == runner_up) & (head + best == index), 0.0, R * exp(m - reference))
+    rest = tl.sum(rest + tl.sum(tl.where(column == index, 0.0, exp(z_end - reference)), axis=1))
+    granule = tl.maximum(index - head, 0) // GRANULE * GRANULE
+    if (index >= head) & is_swept(granule, body, hole):
+        position, alone = without_runner_up(
+            body_ptr, granule, runner_up, body, hole, scale, softcap, GRANULE, LANES, TRANSFORM
+        )
+        index = head + position
+        rest += alone
     return (
-        transformed(tl.load(row_ptr + target), scale, softcap, TRANSFORM),
+        z_target,
         rest,
-        tl.where(only_infinite, float("-inf"), runner_up),
-        tl.where(only_infinite, (target == 0).to(tl.int32), index),
+        runner_up,
+        tl.where(runner_up == float("-inf"), (target == 0).to(tl.int32), index),
     )
 
 
-# The gradient. Elementwise, so a tile's loads are independent and one tile holds as many as should be in flight.
+# The gradient. Elementwise, so a tile's loads are independent and one tile holds as many as should be in flight. The
+# columns of target and runner-up are written over afterwards, which spares a comparison with every column.
 
 
 @triton.jit
-def write_gradient_at(
-    ptr, out_ptr, position, column, inside, coefficients, scale, softcap, TRANSFORM: tl.constexpr
-):  # fmt: skip
-    """The gradient at ``position`` of ``ptr``, which holds the logits of ``column``."""
-    target, index, runner_up, g_target, g_runner_up, g_rest = coefficients
-    reference = tl.where(runner_up == float("-inf"), 0.0, runner_up)  # exp(-inf - -inf) would be NaN
+def write_rest(ptr, out_ptr, position, inside, reference, g_rest, scale, softcap, TRANSFORM: tl.constexpr):
+    """The gradient at ``position`` of ``ptr``, as that of a logit that is neither the target nor the runner-up."""
     x = tl.load(ptr + position, mask=inside, other=0.0)
     g = g_rest * exp(transformed(x, scale, softcap, TRANSFORM) - reference)
-    g = tl.where(column == index, g_runner_up, g)
-    g = tl.where(column == target, g_target, g)
     if TRANSFORM != "none":
         g = g * slope(x, scale, softcap, TRANSFORM)
     tl.store(out_ptr + position, g.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def is_part(column, head, body, begin, end):
+    """Whether ``write_gradient`` from ``begin`` up to ``end`` of the body writes ``column``."""
+    position = column - head
+    in_body = (position >= 0) & (position < body)
+    return tl.where(in_body, (position >= begin) & (position < end), begin == 0)
 
 
 @triton.jit
@@ -236,17 +267,27 @@ def write_gradient(
     GRANULE: tl.constexpr, TILE: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the body's columns from ``begin`` up to ``end``, and of the row's ends if ``begin`` is 0."""
+    target, index, runner_up, g_target, g_runner_up, g_rest = coefficients
+    reference = finite(runner_up)
+    if TRANSFORM != "none":
+        g_target *= slope(tl.load(row_ptr + target), scale, softcap, TRANSFORM)
+        g_runner_up *= slope(tl.load(row_ptr + index), scale, softcap, TRANSFORM)
+        tl.debug_barrier()  # the output may be the logits
     head, body = cut(row_ptr, V, GRANULE)
     if begin == 0:
-        column, inside = end_columns(head, body, body, V, GRANULE)
-        write_gradient_at(row_ptr, out_ptr, column, column, inside, coefficients, scale, softcap, TRANSFORM)
+        column, inside = end_columns(head, body, body, V, GRANULE, 2 * LINE)
+        write_rest(row_ptr, out_ptr, column, inside, reference, g_rest, scale, softcap, TRANSFORM)
     body_ptr = advance(row_ptr, head, GRANULE)
     body_out_ptr = advance(out_ptr, head, GRANULE)
-    for start in range(begin, tl.minimum(end, body), TILE):
-        position = start + tl.arange(0, TILE)
-        write_gradient_at(
-            body_ptr, body_out_ptr, position, head + position, position < body, coefficients, scale, softcap, TRANSFORM
-        )
+    end = tl.minimum(end, body)
+    last = begin + (tl.cdiv(end - begin, TILE) - 1) * TILE
+    for start in range(begin, end, TILE):  # backwards, as what was read last is still in the cache
+        position = last - (start - begin) + tl.arange(0, TILE)
+        write_rest(body_ptr, body_out_ptr, position, position < body, reference, g_rest, scale, softcap, TRANSFORM)
+    tl.debug_barrier()
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr + index, g_runner_up.to(dtype), mask=is_part(index, head, body, begin, end))
+    tl.store(out_ptr + target, g_target.to(dtype), mask=is_part(target, head, body, begin, end))
 
 
 @triton.jit
@@ -254,7 +295,7 @@ def write_constant(out_ptr, begin, end, V, value, GRANULE: tl.constexpr, TILE: t
     """``value`` in the columns that ``write_gradient`` would write."""
     head, body = cut(out_ptr, V, GRANULE)
     if begin == 0:
-        column, inside = end_columns(head, body, body, V, GRANULE)
+        column, inside = end_columns(head, body, body, V, GRANULE, 2 * LINE)
         tl.store(out_ptr + column, value.to(out_ptr.dtype.element_ty), mask=inside)
     body_out_ptr = advance(out_ptr, head, GRANULE)
     for start in range(begin, tl.minimum(end, body), TILE):

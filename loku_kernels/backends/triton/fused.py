@@ -11,13 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loku_kernels.backends.triton import launch
 from loku_kernels.backends.triton.configurations import Configuration
 from loku_kernels.backends.triton.device import read_label, row_offset, row_statistics, write_constant, write_gradient
 from loku_kernels.backends.triton.formula import combine
 from loku_kernels.backends.triton.losses import INTEGERS, POINTERS, launch_sweep, store_row, sweep_configurations
 
 
-# One program a row. Arguments as in row_losses_kernel, but the logits are overwritten.
+# Programs take rows in turn, so that their number bounds the rows that the cache has to hold. Arguments as in
+# row_losses_kernel, but the logits are overwritten.
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def row_losses_and_gradient_kernel(
     logits_ptr, labels_ptr, ihl_weight_ptr, ce_weight_ptr, rows_ptr, index_ptr,
@@ -25,21 +27,24 @@ def row_losses_and_gradient_kernel(
     ihl_stride: tl.int64, ce_stride: tl.int64, ignore_index: tl.int64, scale: tl.float32, softcap: tl.float32,
     GRANULE: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    target, skip, fill = read_label(labels_ptr, row, V, ignore_index)
-    row_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t)
-    if skip:
-        store_row(rows_ptr, index_ptr, row, N, fill, fill, fill, fill, fill, fill, fill, -1)
-        write_constant(row_ptr, 0, V, V, fill, GRANULE, 2 * LANES)
-    else:
-        z_t, rest, z_m, index = row_statistics(row_ptr, target, V, scale, softcap, GRANULE, LANES, AHEAD, TRANSFORM)
-        ihl_weight = tl.load(ihl_weight_ptr + row * ihl_stride)
-        ce_weight = tl.load(ce_weight_ptr + row * ce_stride)
-        loss, g_t, g_m, g_rest = combine(z_t, z_m, rest, ihl_weight, ce_weight)
-        store_row(rows_ptr, index_ptr, row, N, loss, z_t, rest, z_m, g_t, g_m, g_rest, index)
-        tl.debug_barrier()  # every thread has read its columns before any is overwritten
-        coefficients = (target, index, z_m, g_t, g_m, g_rest)
-        write_gradient(row_ptr, row_ptr, 0, V, V, coefficients, scale, softcap, GRANULE, 2 * LANES, TRANSFORM)
+    TILE: tl.constexpr = 2 * LANES * GRANULE
+    program = tl.program_id(0).to(tl.int64)
+    for earlier in range(0, N - program, tl.num_programs(0)):
+        row = program + earlier
+        target, skip, fill = read_label(labels_ptr, row, V, ignore_index)
+        row_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t)
+        if skip:
+            store_row(rows_ptr, index_ptr, row, N, fill, fill, fill, fill, fill, fill, fill, -1)
+            write_constant(row_ptr, 0, V, V, fill, GRANULE, TILE)
+        else:
+            ihl_weight = tl.load(ihl_weight_ptr + row * ihl_stride)
+            ce_weight = tl.load(ce_weight_ptr + row * ce_stride)
+            z_t, rest, z_m, index = row_statistics(row_ptr, target, V, scale, softcap, GRANULE, LANES, AHEAD, TRANSFORM)
+            loss, g_t, g_m, g_rest = combine(z_t, z_m, rest, ihl_weight, ce_weight)
+            store_row(rows_ptr, index_ptr, row, N, loss, z_t, rest, z_m, g_t, g_m, g_rest, index)
+            tl.debug_barrier()  # every thread has read its columns before any is overwritten
+            coefficients = (target, index, z_m, g_t, g_m, g_rest)
+            write_gradient(row_ptr, row_ptr, 0, V, V, coefficients, scale, softcap, GRANULE, TILE, TRANSFORM)
 
 
 def row_losses_and_gradient_(
@@ -53,8 +58,9 @@ def row_losses_and_gradient_(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.row_losses_and_gradient_``."""
+    programs = launch.fused_programs(len(labels), logits.shape[-1] * logits.element_size(), logits.device)
     return launch_sweep(
-        row_losses_and_gradient_kernel, logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap
+        row_losses_and_gradient_kernel, programs, logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap
     )
 
 

@@ -37,7 +37,7 @@ def row_gradient_kernel(
     ignore_index: tl.int64, scale: tl.float32, softcap: tl.float32,
     COLUMNS: tl.constexpr, GRANULE: tl.constexpr, TILE: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # the forward pass read the last rows last
     begin = tl.program_id(1) * COLUMNS
     target, skip, fill = read_label(labels_ptr, row, V, ignore_index)
     out_ptr += row_offset(row, T, out_stride_b, out_stride_t)

@@ -28,6 +28,8 @@ WARP = 32
 OPTIONS = {"enable_fp_fusion": True}
 
 SWEEP_WARPS = 4
+FUSED_ROWS = 4
+FEWEST_LANES = 16  # each takes a granule of a row's ends, of which there can be ten
 
 # Columns of a row that one program of the gradient kernel writes: enough to hide the loads of its row's coefficients,
 # few enough that a handful of rows fills a GPU.
@@ -38,12 +40,12 @@ LARGEST_INTERPRETED_TILE = 65536  # the interpreter's time goes by operations, n
 
 
 def sweep_launch(vocabulary: int, item_bytes: int, interpreted: bool = INTERPRETED) -> dict[str, Any]:
-    """Constants and options of a kernel in which one program sweeps one row, in tiles of LANES columns."""
+    """Constants and options of a kernel in which a program sweeps a row, a granule a lane at a time."""
     granule = LOAD_BYTES // item_bytes
     if interpreted:
-        return {"GRANULE": granule, "LANES": _interpreted_tile(vocabulary), "AHEAD": 1}
-    lanes = SWEEP_WARPS * WARP * granule
-    return {"GRANULE": granule, "LANES": lanes, "AHEAD": LOADS_AHEAD, "num_warps": SWEEP_WARPS} | OPTIONS
+        lanes = max(FEWEST_LANES, _interpreted_tile(vocabulary) // granule)
+        return {"GRANULE": granule, "LANES": lanes, "AHEAD": 1}
+    return {"GRANULE": granule, "LANES": SWEEP_WARPS * WARP, "AHEAD": LOADS_AHEAD, "num_warps": SWEEP_WARPS} | OPTIONS
 
 
 def gradient_launch(
@@ -60,6 +62,13 @@ def gradient_launch(
         return {"GRANULE": granule, "TILE": tile, "COLUMNS": tile}
     tile = GRADIENT_WARPS * WARP * granule * LOADS_AHEAD
     return {"GRANULE": granule, "TILE": tile, "COLUMNS": GRADIENT_COLUMNS, "num_warps": GRADIENT_WARPS} | OPTIONS
+
+
+def fused_programs(rows: int, row_bytes: int, device: torch.device) -> int:
+    """How many rows the fused kernel has in hand at a time, at most FUSED_ROWS a multiprocessor."""
+    if device.type != "cuda":
+        return rows
+    return min(rows, FUSED_ROWS * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def transform_name(scale: float, softcap: float) -> str:

@@ -60,9 +60,9 @@ def row_losses_kernel(
         store_row(rows_ptr, index_ptr, row, N, fill, fill, fill, fill, fill, fill, fill, -1)
     else:
         row_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t)
-        z_t, rest, z_m, index = row_statistics(row_ptr, target, V, scale, softcap, GRANULE, LANES, AHEAD, TRANSFORM)
         ihl_weight = tl.load(ihl_weight_ptr + row * ihl_stride)
         ce_weight = tl.load(ce_weight_ptr + row * ce_stride)
+        z_t, rest, z_m, index = row_statistics(row_ptr, target, V, scale, softcap, GRANULE, LANES, AHEAD, TRANSFORM)
         loss, g_t, g_m, g_rest = combine(z_t, z_m, rest, ihl_weight, ce_weight)
         store_row(rows_ptr, index_ptr, row, N, loss, z_t, rest, z_m, g_t, g_m, g_rest, index)
 
@@ -78,11 +78,14 @@ def row_losses(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.row_losses``."""
-    return launch_sweep(row_losses_kernel, logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap)
+    return launch_sweep(
+        row_losses_kernel, len(labels), logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap
+    )
 
 
 def launch_sweep(
     kernel: triton.JITFunction,
+    programs: int,
     logits: Tensor,
     labels: Tensor,
     ihl_weight: Tensor,
@@ -91,12 +94,12 @@ def launch_sweep(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Run a kernel that sweeps one row a program and returns the table and the index."""
+    """Run a kernel in which a program sweeps a row at a time, and return the table and the index."""
     (N,), (_, T, V) = labels.shape, logits.shape
     rows = logits.new_empty(formulas.ROW_FIELDS, N, dtype=torch.float32)
     index = torch.empty_like(labels)
     with torch.cuda.device_of(logits):
-        kernel[(N,)](
+        kernel[(programs,)](
             logits, labels, ihl_weight, ce_weight, rows, index,
             N, T, V, *logits.stride()[:2], ihl_weight.stride(0), ce_weight.stride(0),
             ignore_index, scale, softcap,

@@ -1,0 +1,388 @@
+"""Figure 5 of LoKU's paper in a few minutes of one large GPU: methods and ranks on TOFU, forget quality and utility.
+
+    python -m bench.experiments.tofu_full --data DATA --output runs/tofu-full [--seconds 450] [--workers 12]
+
+Trains a GPT-Neo of 125M parameters on all of TOFU until it is memorised and, beside it, its reference on retain90; both
+also read the questions about real authors and the world, without which a model trained from scratch has no utility to
+lose. Then unlearns forget01, forget05 and forget10 with each method and rank, several runs at a time on the one GPU,
+and measures the adapter of every epoch, merged into the model. Row weights of FILA are computed once a forget set.
+
+Writes results.json and PNG figures to the folder `report` of --output. A run that fails is told and left out. Once
+--seconds are over none is begun, those that run have a minute left, and the report is of what there is; the same
+command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bench.experiments.pool import Job, Outcome, Pool
+from bench.experiments.runs import command, gpt2_tokenizer
+from loku.evaluation import TofuLog, aggregate_tofu, evaluate_tofu, read_log, write_log
+from loku.evaluation.tofu import SOURCES
+from loku.files import read_json_lines, write_json, write_json_lines
+from loku.provenance import hardware, versions
+from loku.report.style import FAINT, colour, marker, style
+from loku.training.methods import METHODS
+
+RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+OTHERS = ("real_authors", "world_facts")
+TRAINED_ON = {"target": "full", "reference": "retain90"}  # no forget set is in the latter
+MOST_TOKENS = {"retain": 100, "forget": 100, "real_authors": 40, "world_facts": 40}
+"""Of a question with its generated answer: 99% of the true ones are shorter, and a ruined model takes all of them."""
+BATCH = 512  # questions answered at once
+PATIENCE = 60  # seconds that are left to what runs when the time is over
+NEVER = 10**9  # steps
+_SHOWN = ("forget_rouge", "forget_probability", "retain_rouge", "retain_probability")
+MODEL = {
+    "model_type": "gpt_neo",
+    "hidden_size": 768,
+    "num_layers": 12,
+    "num_heads": 12,
+    "attention_types": [[["global", "local"], 6]],
+    "max_position_embeddings": 256,
+    "window_size": 256,
+    "embed_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "resid_dropout": 0.0,
+}
+
+
+class Setting(NamedTuple):
+    """Of one unlearning run."""
+
+    forget: str
+    method: str
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.forget}-{self.method}-{self.rank}"
+
+
+def main() -> None:
+    options = _options()
+    began = time.monotonic()
+    begin_by, end_by = began + options.seconds, began + options.seconds + PATIENCE
+    for name, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+        os.environ.setdefault(name, value)  # the processes are as many as the cores
+    (options.output / "report").mkdir(parents=True, exist_ok=True)
+    if options.model_config is None:
+        options.model_config = options.output / "model.json"
+        options.model_config.write_text(json.dumps(MODEL, indent=1))
+    gpt2_tokenizer(options.data, options.output)
+    settings = [Setting(f, m, r) for r in options.ranks for f in options.forget for m in options.methods]
+    stages: dict[str, float] = {}
+    outcomes: list[Outcome] = []
+    with Pool(options.workers, options.output / "logs") as pool:
+        for stage, jobs in _stages(options, settings).items():
+            stage_began = time.monotonic()
+            for outcome in pool.run(jobs, begin_by, end_by):
+                outcomes.append(outcome)
+                _tell(outcome, time.monotonic() - began)
+            stages[stage] = round(time.monotonic() - stage_began, 1)
+            print(f"{stage}: {stages[stage]} s", flush=True)
+            if stage == "training" and any(outcome.error for outcome in outcomes):
+                raise SystemExit("without both models there is nothing to unlearn")
+    stages["all"] = round(time.monotonic() - began, 1)
+    results = {**_collect(options, settings, outcomes), "stages": stages}
+    write_json(options.output / "report" / "results.json", results)
+    _draw(results, options.output / "report")
+    _summarise(results)
+    print(f"written to {options.output / 'report'}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/tofu-full"))
+    parser.add_argument("--seconds", type=float, default=450, help="after which no run is begun")
+    parser.add_argument("--workers", type=int, default=12, help="processes that share the GPU")
+    parser.add_argument("--forget", nargs="+", choices=RETAIN, default=["forget10", "forget05", "forget01"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["ga", "gd", "ihl", "gd+fila", "loku"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 4, 32, 8], help="in the order they are run in")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model_config", type=Path, help="YAML or JSON; by default GPT-Neo 125M's shape")
+    parser.add_argument("--target_epochs", type=int, default=30)
+    parser.add_argument("--target_learning_rate", default="1e-3")
+    parser.add_argument("--target_batch_size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--learning_rate", default="1e-3")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--limit", type=int, default=100, help="most samples of each part that utility is made of")
+    parser.add_argument("--forget_limit", type=int, default=400, help="most samples that forget quality is made of")
+    return parser.parse_args()
+
+
+def _stages(options: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, list[Job]]:
+    training = [Job(name, train, (options, name)) for name in TRAINED_ON]
+    preparation = [Job(f"{m}-{f}", measure_whole, (options, m, f)) for f in options.forget for m in TRAINED_ON]
+    if any(METHODS[method].fila for method in options.methods):
+        preparation += [Job(f"importance-{forget}", importance, (options, forget)) for forget in options.forget]
+    unlearning = [Job(setting.name, unlearn, (options, setting)) for setting in settings]
+    return {"training": training, "preparation": preparation, "unlearning": unlearning}
+
+
+def train(options: argparse.Namespace, name: str) -> str:
+    """The target or the reference."""
+    return _command(
+        options.output / name,
+        "finetune",
+        *("--model_config", options.model_config, "--tokenizer", options.output / "tokenizer"),
+        *("--train", TRAINED_ON[name], *OTHERS, "--num_train_epochs", options.target_epochs, "--seed", options.seed),
+        *("--learning_rate", options.target_learning_rate, "--lr_scheduler_type", "cosine", "--warmup_steps", 0.05),
+        *("--per_device_train_batch_size", options.target_batch_size, "--save_strategy", "no"),
+        *_common(options),
+    )
+
+
+def importance(options: argparse.Namespace, forget: str) -> str:
+    """Row weights for both methods with FILA at every rank."""
+    return _command(
+        options.output / f"importance-{forget}",
+        "importance",
+        *("--model", options.output / "target" / "model", "--forget", forget, "--retain", RETAIN[forget]),
+        *("--seed", options.seed, *_data(options)),
+    )
+
+
+def unlearn(options: argparse.Namespace, setting: Setting) -> str:
+    """The run, without evaluations but at its start on one sample; then the metrics after each epoch."""
+    folder, target = _folder(options, setting), options.output / "target" / "model"
+    weights = options.output / f"importance-{setting.forget}" / "importance.safetensors"
+    line = _command(
+        folder,
+        "unlearn",
+        *("--model", target, "--forget", setting.forget, "--retain", RETAIN[setting.forget]),
+        *("--method", setting.method, "--rank", setting.rank, "--seed", options.seed),
+        *(("--importance", weights) if METHODS[setting.method].fila else ()),
+        *("--learning_rate", options.learning_rate, "--warmup_steps", 0.2, "--num_train_epochs", options.epochs),
+        *("--per_device_train_batch_size", options.batch_size, "--evaluate_every", NEVER, "--limit", 1),
+        *("--save_strategy", "epoch", "--save_only_model", "true", *_common(options)),
+    )
+    reference = read_log(_log(options, "reference", setting.forget))
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        merged = PeftModel.from_pretrained(copy.deepcopy(_model(target)), checkpoint).merge_and_unload()
+        metrics = aggregate_tofu(measure(options, merged, setting.forget), reference)
+        lines = read_json_lines(folder / "evaluations.jsonl")
+        new = {"epoch": round(state["epoch"]), "step": state["global_step"], **metrics}
+        write_json_lines(folder / "evaluations.jsonl", [*lines, new])
+        shutil.rmtree(checkpoint)
+    return line
+
+
+def measure_whole(options: argparse.Namespace, name: str, forget: str) -> None:
+    """TOFU's log of the target or the reference."""
+    path = _log(options, name, forget)
+    if not path.exists():
+        write_log(measure(options, _model(options.output / name / "model"), forget), path)
+
+
+def measure(options: argparse.Namespace, model: PreTrainedModel, forget: str) -> TofuLog:
+    tokenizer = _tokenizer(options.output / "tokenizer")
+    log: TofuLog = {}
+    with _tensor_cores():
+        for part, source in {**SOURCES, "forget": f"{forget}_perturbed"}.items():
+            log |= evaluate_tofu(
+                model,
+                tokenizer,
+                "phi",
+                sources={part: source},
+                data_dir=options.data,
+                limit=options.forget_limit if part == "forget" else options.limit,
+                max_length=MOST_TOKENS[part],
+                batch_size=BATCH,
+            )
+    return log
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """TF32 inside. Not for FILA's initialisation, which takes from the weights what the adapter gives back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@functools.cache
+def _model(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@functools.cache
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _command(folder: Path, *words: object) -> str:
+    """Run the command, from its beginning where it was broken off; returns it as a line."""
+    if folder.exists() and not (folder / "results.json").exists():
+        shutil.rmtree(folder)
+    command(folder, *map(str, words))
+    return f"loku {shlex.join([*map(str, words), '--output_dir', str(folder)])}"
+
+
+def _data(options: argparse.Namespace) -> tuple[object, ...]:
+    return "--data_dir", options.data, "--prompt", "phi", "--max_length", 256
+
+
+def _common(options: argparse.Namespace) -> tuple[object, ...]:
+    precision = ("--bf16", "true") if torch.cuda.is_available() else ()
+    quiet = "--report_to", "none", "--disable_tqdm", "true", "--logging_strategy", "epoch"
+    return *precision, *quiet, *_data(options)
+
+
+def _folder(options: argparse.Namespace, setting: Setting) -> Path:
+    return options.output / "runs" / setting.name
+
+
+def _log(options: argparse.Namespace, name: str, forget: str) -> Path:
+    return options.output / "logs" / f"{name}-{forget}.json"
+
+
+def _tell(outcome: Outcome, elapsed: float) -> None:
+    print(f"[{elapsed:.0f} s] {outcome.name}: {outcome.error or f'{outcome.seconds:.1f} s'}", flush=True)
+    if outcome.value is not None:
+        print(f"    {outcome.value}", flush=True)
+
+
+def _summarise(results: dict[str, Any]) -> None:
+    """A line for what was there before, and for each run's last epoch."""
+    lines = [(f"{name}, {forget}", metrics) for name in TRAINED_ON for forget, metrics in results[name].items()]
+    for run in (run for run in results["runs"] if run["epochs"]):
+        setting = Setting(*(run[key] for key in Setting._fields))
+        lines.append((f"{setting.name}, epoch {run['epochs'][-1]['epoch']}", run["epochs"][-1]))
+    for name, metrics in lines:
+        utility, quality = _point(metrics)
+        others = ", ".join(f"{key} {metrics[key]:.3f}" for key in _SHOWN)
+        print(f"{name}: model_utility {utility:.3f}, log10 forget_quality {quality:.2f}, {others}")
+    print(f"{sum(bool(run['epochs']) for run in results['runs'])} of {len(results['runs'])} runs were measured")
+
+
+def _collect(options: argparse.Namespace, settings: Sequence[Setting], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Everything that was measured, plain."""
+    whole: dict[str, dict[str, Any]] = {name: {} for name in TRAINED_ON}
+    for forget in options.forget:
+        paths = {name: _log(options, name, forget) for name in TRAINED_ON}
+        if all(path.exists() for path in paths.values()):
+            logs = {name: read_log(path) for name, path in paths.items()}
+            for name, log in logs.items():
+                whole[name][forget] = aggregate_tofu(log, logs["reference"])
+    seconds = {outcome.name: round(outcome.seconds, 1) for outcome in outcomes if outcome.error is None}
+    runs = [
+        {
+            **setting._asdict(),
+            "seconds": seconds.get(setting.name),
+            "epochs": read_json_lines(_folder(options, setting) / "evaluations.jsonl"),
+        }
+        for setting in settings
+    ]
+    training = {name: json.loads((options.output / name / "results.json").read_text()) for name in TRAINED_ON}
+    failures = {outcome.name: outcome.error for outcome in outcomes if outcome.error is not None}
+    about = {"options": vars(options), "versions": versions(("torch", "transformers", "peft")), "hardware": hardware()}
+    about = json.loads(json.dumps(about, default=str))
+    return {**about, "training": training, **whole, "runs": runs, "failures": failures}
+
+
+def _draw(results: dict[str, Any], output: Path) -> None:
+    forgets, methods = (list(dict.fromkeys(run[key] for run in results["runs"])) for key in ("forget", "method"))
+    with style():
+        for name, figure in {
+            "tofu-full": _against(results, sorted(forgets), methods),
+            "tofu-full-epochs": _over_epochs(results, sorted(forgets), methods),
+        }.items():
+            figure.savefig(output / f"{name}.png", dpi=200)
+
+
+def _against(results: dict[str, Any], forgets: Sequence[str], methods: Sequence[str]) -> Figure:
+    """A panel a forget set: each run's way over the epochs, its end the larger the higher the rank."""
+    figure = Figure(figsize=(2.6 * len(forgets) + 1.2, 3), layout="constrained")
+    for axes, forget in zip(figure.subplots(1, len(forgets), squeeze=False)[0], forgets, strict=True):
+        for run in (run for run in results["runs"] if run["forget"] == forget and run["epochs"]):
+            points = _points(results, run)
+            i = methods.index(run["method"])
+            axes.plot(*zip(*points, strict=True), color=colour(i), linewidth=0.7, alpha=0.6)
+            size = 12 * math.log2(2 * run["rank"])
+            axes.scatter(*points[-1], s=size, marker=marker(i), color=colour(i), alpha=0.8, linewidths=0, zorder=3)
+        for name, shape in (("target", "+"), ("reference", "*")):
+            if point := _whole_point(results, name, forget):
+                axes.scatter(*point, s=50, marker=shape, color="black", zorder=4)
+        axes.axhline(math.log10(0.05), color=FAINT, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        axes.set(title=forget, xlabel="Model utility")
+    figure.axes[0].set_ylabel("log₁₀ forget quality")
+    marks = [Line2D([], [], color="black", linestyle="", marker=shape) for shape in "+*"]
+    _legend(figure, methods, marks, ["before", "reference"])
+    return figure
+
+
+def _over_epochs(results: dict[str, Any], forgets: Sequence[str], methods: Sequence[str]) -> Figure:
+    """Utility and forget quality by epoch: thin lines are ranks, thick ones their mean."""
+    figure = Figure(figsize=(2.6 * len(forgets) + 1.2, 4.8), layout="constrained")
+    grid = figure.subplots(2, len(forgets), squeeze=False, sharex=True)
+    for row, title in enumerate(("Model utility", "log₁₀ forget quality")):
+        for axes, forget in zip(grid[row], forgets, strict=True):
+            for i, method in enumerate(methods):
+                runs = [r for r in results["runs"] if (r["forget"], r["method"]) == (forget, method)]
+                _lines(axes, [[point[row] for point in _points(results, run)] for run in runs if run["epochs"]], i)
+            axes.set_title(forget if row == 0 else "")
+        grid[row][0].set_ylabel(title)
+    for axes in grid[1]:
+        axes.axhline(math.log10(0.05), color=FAINT, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+        axes.set_xlabel("Epoch")
+    _legend(figure, methods)
+    return figure
+
+
+def _lines(axes: Axes, paths: Sequence[Sequence[float]], i: int) -> None:
+    for path in paths:
+        axes.plot(path, color=colour(i), linewidth=0.5, alpha=0.5)
+    if paths:
+        mean = [statistics.fmean(values) for values in zip(*paths, strict=False)]  # as far as all have come
+        axes.plot(mean, color=colour(i), marker=marker(i))
+
+
+def _legend(figure: Figure, methods: Sequence[str], marks: Sequence[Line2D] = (), names: Sequence[str] = ()) -> None:
+    handles = [Line2D([], [], color=colour(i), marker=marker(i)) for i in range(len(methods))]
+    figure.legend([*handles, *marks], [*methods, *names], loc="outside right upper", frameon=False)
+
+
+def _points(results: dict[str, Any], run: dict[str, Any]) -> list[tuple[float, float]]:
+    """(utility, log10 forget quality) before, and after each epoch."""
+    before = _whole_point(results, "target", run["forget"])
+    return [*([before] if before else []), *map(_point, run["epochs"])]
+
+
+def _whole_point(results: dict[str, Any], name: str, forget: str) -> tuple[float, float] | None:
+    return _point(results[name][forget]) if forget in results[name] else None
+
+
+def _point(metrics: dict[str, Any]) -> tuple[float, float]:
+    return metrics["model_utility"], math.log10(max(metrics["forget_quality"], 1e-300))
+
+
+if __name__ == "__main__":
+    main()
