@@ -1,11 +1,11 @@
 """What the row kernels share: how a row is cut for 128-bit access, how it is swept, and the transform of its logits.
 
 A row starts at any address: its bytes are V times the item size, which is no multiple of 16 for V = 50257. So a row is
-cut into its *body*, granules of 16 bytes that start at a line of 128, and its *ends*, the few columns before and after.
-The body is loaded and stored 128 bits at a time, in whole lines; nothing outside the row is touched.
+cut into its *body*, granules of 16 bytes from a multiple of 64 on, and its *ends*, the few columns before and after.
+The body is loaded and stored 128 bits at a time; nothing outside the row is touched.
 
     column        0 .. head-1 | head ............. head+body-1 | head+body .. V-1
-    address                   ^ a multiple of 128 bytes         ^ a multiple of 16
+    address                   ^ a multiple of 64 bytes          ^ a multiple of 16
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from loku_kernels.backends.triton import launch
 
 INTERPRETED = tl.constexpr(launch.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
-LINE = tl.constexpr(8)  # granules
+LINE = tl.constexpr(4)  # granules
+TWO_BFLOAT16_INFINITIES = tl.constexpr(-0x7F0080)  # both negative
 NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
@@ -36,10 +37,18 @@ def exp(x):
 
 
 @triton.jit
+def finite(m):
+    """What to subtract in an exponent: exp(-inf - -inf) would be NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
 def row_offset(row, T, stride_b, stride_t):
     """Where row ``row`` of a (B, T, V) tensor starts, in elements; 64 bits, since tensors exceed 2^31 elements."""
-    row = row.to(tl.int64)
-    return (row // T) * stride_b + (row % T) * stride_t
+    batch = tl.full((), 0, tl.int64)
+    if row >= T:  # a division of 64 bits takes a hundred instructions
+        batch = row // T
+    return batch * stride_b + (row - batch * T) * stride_t
 
 
 @triton.jit
@@ -57,7 +66,7 @@ def cut(row_ptr, V, GRANULE: tl.constexpr):
     """(head, body) of the row at ``row_ptr``, in columns."""
     item: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
     line: tl.constexpr = LINE * GRANULE
-    past = (row_ptr.to(tl.int64) // item % line).to(tl.int32)
+    past = (row_ptr.to(tl.int64) & (line * item - 1)).to(tl.int32) // item
     head = tl.minimum((line - past) % line, V)
     return head, (V - head) // GRANULE * GRANULE
 
@@ -71,15 +80,16 @@ def advance(ptr, head, GRANULE: tl.constexpr):
 
 @triton.jit
 def end_columns(head, body, hole, V, GRANULE: tl.constexpr, LANES: tl.constexpr):
-    """The columns to be handled one by one, as (LANES, GRANULE), and which of these places hold one.
+    """The columns to be handled one by one, and which of these lanes hold one.
 
     They are those before and after the body and, if ``hole < body``, the body's granule at ``hole``.
     """
     lane = tl.arange(0, LANES)
-    first = tl.where(lane < LINE, lane * GRANULE, tl.where(lane == LINE, head + body, head + hole))
-    last = tl.where(lane < LINE, head, tl.where(lane == LINE, V, tl.where((lane == LINE + 1) & (hole < body), V, 0)))
-    column = first[:, None] + tl.arange(0, GRANULE)[None, :]
-    return column, column < last[:, None]
+    part = lane // GRANULE
+    in_granule = lane % GRANULE
+    column = tl.where(part < LINE, lane, tl.where(part == LINE, head + body, head + hole) + in_granule)
+    in_hole = (part == LINE + 1) & (column < head + body)
+    return column, (part < LINE) & (lane < head) | (part == LINE) & (column < V) | in_hole
 
 
 @triton.jit
@@ -116,29 +126,23 @@ def tanh(x):
     return tl.where(x < 0, -magnitude, magnitude)
 
 
-# The sweep. A lane takes one granule of a tile at a time, and keeps the largest logit m it has met, the column best at
-# which the granule with it starts, and R = sum of exp(z - m) over all it met. Comparing whole granules costs a fraction
-# of an instruction a logit, and a sweep of half-precision logits is limited by instructions.
+# The sweep. A lane takes one granule of a tile at a time, and keeps the largest logit m it has met, the place best at
+# which the granule with it starts, and R = sum of exp(z - m) over all it met. Comparing whole
+# granules costs a fraction of an instruction a logit, and a sweep of half-precision logits is limited by instructions.
 #
 # The runner-up's own 1 must not stay in R, where it would leave no digits of what is small beside it. Only one lane has
 # met it: at the end, that lane's logits are summed anew without it.
 
 
 @triton.jit
-def finite(m):
-    """What to subtract in an exponent: exp(-inf - -inf) would be NaN."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def absorb(z, column, m, R, best):
-    """One more granule for each lane, in ascending order of columns, so that the lowest of equal logits is kept."""
+def absorb(z, position, m, R, best):
+    """One more granule for each lane, in ascending order of positions, so that the lowest of equal logits is kept."""
     top = tl.max(z, axis=1)
     larger = top > m
     highest = tl.where(larger, top, m)
     reference = finite(highest)
     R = R * exp(m - reference) + tl.sum(exp(z - reference[:, None]), axis=1)
-    return highest, R, tl.where(larger, column, best)
+    return highest, R, tl.where(larger, position, best)
 
 
 @triton.jit
@@ -151,12 +155,27 @@ def is_swept(position, body, hole):
 def load_granules(body_ptr, position, body, hole, GRANULE: tl.constexpr):
     """The granules of the body that start at ``position``, a column of positions; -inf where there is none to sweep."""
     inside = is_swept(position, body, hole)
-    return tl.load(body_ptr + (position + tl.arange(0, GRANULE)[None, :]), mask=inside, other=float("-inf"))
+    if body_ptr.dtype.element_ty == tl.bfloat16:
+        pair = tl.arange(0, GRANULE // 2)[None, :]
+        pointers = body_ptr.to(tl.pointer_type(tl.int32)) + (position // 2 + pair)
+        return tl.load(pointers, mask=inside, other=TWO_BFLOAT16_INFINITIES)
+    else:
+        return tl.load(body_ptr + (position + tl.arange(0, GRANULE)[None, :]), mask=inside, other=float("-inf"))
+
+
+@triton.jit
+def widened(tile):
+    """A tile's logits in float32. A bfloat16 is the upper half of one, so a pair of them takes two instructions."""
+    if tile.dtype == tl.int32:
+        lower, upper = tile << 16, tile & -65536
+        return tl.interleave(lower.to(tl.float32, bitcast=True), upper.to(tl.float32, bitcast=True))
+    else:
+        return tile.to(tl.float32)
 
 
 @triton.jit
 def transformed_granules(tile, position, body, hole, scale, softcap, TRANSFORM: tl.constexpr):
-    z = transformed(tile, scale, softcap, TRANSFORM)
+    z = transformed(widened(tile), scale, softcap, TRANSFORM)
     if TRANSFORM != "none":
         z = tl.where(is_swept(position, body, hole), z, float("-inf"))
     return z
@@ -167,8 +186,9 @@ def without_runner_up(
     body_ptr, granule, runner_up, body, hole, scale, softcap,
     GRANULE: tl.constexpr, LANES: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    """(where in ``granule`` the runner-up is, sum of exp(z - runner_up) over the other logits of its lane)."""
+    """(where in ``granule`` the runner-up is, its lane's R without it)."""
     TILE: tl.constexpr = LANES * GRANULE
+    reference = finite(runner_up)
     total = tl.zeros([LANES], tl.float32)  # over those below the runner-up
     equal = tl.zeros([LANES], tl.int32)
     index = tl.full([LANES], NO_COLUMN, tl.int32)
@@ -177,7 +197,7 @@ def without_runner_up(
         tile = load_granules(body_ptr, position, body, hole, GRANULE)
         z = transformed_granules(tile, position, body, hole, scale, softcap, TRANSFORM)
         ties = z == runner_up
-        total += tl.sum(tl.where(ties, 0.0, exp(z - finite(runner_up))), axis=1)
+        total += tl.sum(tl.where(ties, 0.0, exp(z - reference)), axis=1)
         equal += tl.sum(ties.to(tl.int32), axis=1)
         place = position + tl.arange(0, GRANULE)[None, :]
         index = tl.minimum(index, tl.min(tl.where(ties, place, NO_COLUMN), axis=1))
@@ -201,9 +221,6 @@ def row_statistics(
     for step in tl.static_range(AHEAD):
         tiles += (load_granules(body_ptr, (step * TILE + lane)[:, None], body, hole, GRANULE),)
     z_target = transformed(tl.load(row_ptr + target), scale, softcap, TRANSFORM)
-    column, inside = end_columns(head, body, hole, V, GRANULE, LANES)
-    inside &= column != target
-    ends = tl.load(row_ptr + column, mask=inside, other=float("-inf"))
 
     m = tl.full([LANES], float("-inf"), tl.float32)
     R = tl.zeros([LANES], tl.float32)
@@ -216,14 +233,18 @@ def row_statistics(
             following = load_granules(body_ptr, (position + AHEAD * TILE)[:, None], body, hole, GRANULE)
             tiles = tiles[1:] + (following,)  # noqa: RUF005 (Triton does not unpack)
 
-    z_end = tl.where(inside, transformed(ends, scale, softcap, TRANSFORM), float("-inf"))
-    runner_up = tl.max(tl.maximum(m, tl.max(z_end, axis=1)))
+    column, inside = end_columns(head, body, hole, V, GRANULE, LANES)
+    inside &= column != target
+    z = transformed(tl.load(row_ptr + column, mask=inside, other=0.0), scale, softcap, TRANSFORM)
+    z = tl.where(inside, z, float("-inf"))
+    runner_up = tl.max(tl.maximum(m, z))
     reference = finite(runner_up)
-    in_ends = tl.min(tl.where(z_end == runner_up, column, NO_COLUMN), axis=1)
-    index = tl.min(tl.minimum(tl.where(m == runner_up, head + best, NO_COLUMN), in_ends))
+    best += head
+    index = tl.where(m == runner_up, best, NO_COLUMN)
+    index = tl.min(tl.minimum(index, tl.where(z == runner_up, column, NO_COLUMN)))
 
-    rest = tl.where((m == runner_up) & (head + best == index), 0.0, R * exp(m - reference))
-    rest = tl.sum(rest + tl.sum(tl.where(column == index, 0.0, exp(z_end - reference)), axis=1))
+    rest = tl.where((m == runner_up) & (best == index), 0.0, R * exp(m - reference))
+    rest = tl.sum(rest + tl.where(column == index, 0.0, exp(z - reference)))
     granule = tl.maximum(index - head, 0) // GRANULE * GRANULE
     if (index >= head) & is_swept(granule, body, hole):
         position, alone = without_runner_up(
@@ -275,7 +296,7 @@ def write_gradient(
         tl.debug_barrier()  # the output may be the logits
     head, body = cut(row_ptr, V, GRANULE)
     if begin == 0:
-        column, inside = end_columns(head, body, body, V, GRANULE, 2 * LINE)
+        column, inside = end_columns(head, body, body, V, GRANULE, 2 * LINE * GRANULE)
         write_rest(row_ptr, out_ptr, column, inside, reference, g_rest, scale, softcap, TRANSFORM)
     body_ptr = advance(row_ptr, head, GRANULE)
     body_out_ptr = advance(out_ptr, head, GRANULE)
@@ -295,7 +316,7 @@ def write_constant(out_ptr, begin, end, V, value, GRANULE: tl.constexpr, TILE: t
     """``value`` in the columns that ``write_gradient`` would write."""
     head, body = cut(out_ptr, V, GRANULE)
     if begin == 0:
-        column, inside = end_columns(head, body, body, V, GRANULE, 2 * LINE)
+        column, inside = end_columns(head, body, body, V, GRANULE, 2 * LINE * GRANULE)
         tl.store(out_ptr + column, value.to(out_ptr.dtype.element_ty), mask=inside)
     body_out_ptr = advance(out_ptr, head, GRANULE)
     for start in range(begin, tl.minimum(end, body), TILE):

@@ -15,17 +15,17 @@ def combine(target, runner_up, rest, ihl_weight, ce_weight):
     e_t = tl.where(target_leads, 1.0, smaller)
     e_m = tl.where(target_leads, smaller, 1.0)
     r = rest * e_m
-    total = e_t + e_m + r
-    p_t = e_t / total
-    p_m = e_m / total
+    share = 1 / (e_t + e_m + r)  # one division, as every thread of a program does all of this
+    p_t = e_t * share
+    p_m = e_m * share
 
     lead = expm1_negative(-tl.abs(distance))
-    gap = tl.where(target_leads, lead, -lead) / total  # p_m - p_t
-    ihl_loss = (r + 2 * e_t) / total
-    ce_loss = tl.where(target_leads, log1p_positive(e_m + r), log1p_positive(e_t + r) - distance)
+    gap = tl.where(target_leads, lead, -lead) * share  # p_m - p_t
+    ihl_loss = (r + 2 * e_t) * share
+    ce_loss = log1p_positive(tl.where(target_leads, e_m, e_t) + r) - tl.where(target_leads, 0.0, distance)
 
     loss = weighted(ihl_weight, ihl_loss) + weighted(ce_weight, ce_loss)
-    g_target = weighted(ihl_weight, p_t * (r + 2 * e_m) / total) + weighted(ce_weight, -(e_m + r) / total)
+    g_target = weighted(ihl_weight, p_t * (r + 2 * e_m) * share) + weighted(ce_weight, -(e_m + r) * share)
     g_runner_up = weighted(ihl_weight, -p_m * ihl_loss) + weighted(ce_weight, p_m)
     g_rest = weighted(ihl_weight, p_m * gap) + weighted(ce_weight, p_m)
     return loss, g_target, g_runner_up, g_rest

@@ -23,7 +23,8 @@ INTEGERS = (
 )  # fmt: skip
 
 
-# Several programs a row: program (row, part) writes COLUMNS columns of the body, and part 0 the row's ends too.
+# Several programs a row: each writes COLUMNS columns of the body, and the first the row's ends too. Neighbours in time
+# are neighbours in memory.
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def row_gradient_kernel(
     logits_ptr,  # (B, T, V), strides (stride_b, stride_t, 1)
@@ -37,8 +38,10 @@ def row_gradient_kernel(
     ignore_index: tl.int64, scale: tl.float32, softcap: tl.float32,
     COLUMNS: tl.constexpr, GRANULE: tl.constexpr, TILE: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # the forward pass read the last rows last
-    begin = tl.program_id(1) * COLUMNS
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the forward pass read the last rows last
+    parts = tl.cdiv(V, COLUMNS)
+    row = (program // parts).to(tl.int64)
+    begin = program % parts * COLUMNS
     target, skip, fill = read_label(labels_ptr, row, V, ignore_index)
     out_ptr += row_offset(row, T, out_stride_b, out_stride_t)
     if skip:
@@ -73,7 +76,7 @@ def row_gradient(
     (N,), (_, T, V) = labels.shape, logits.shape
     chosen = launch.gradient_launch(V, logits.element_size(), launch.same_alignment(logits, out))
     with torch.cuda.device_of(logits):
-        row_gradient_kernel[(N, triton.cdiv(V, chosen["COLUMNS"]))](
+        row_gradient_kernel[(N * triton.cdiv(V, chosen["COLUMNS"]),)](
             logits, labels, index, coefficients, upstream, out,
             T, V, *logits.stride()[:2], *out.stride()[:2], coefficients.stride(0), upstream.stride(0),
             ignore_index, scale, softcap,

@@ -29,7 +29,7 @@ OPTIONS = {"enable_fp_fusion": True}
 
 SWEEP_WARPS = 4
 FUSED_ROWS = 4
-FEWEST_LANES = 16  # each takes a granule of a row's ends, of which there can be ten
+FEWEST_LANES = 64  # each takes a column of a row's ends, of which there can be six granules
 
 # Columns of a row that one program of the gradient kernel writes: enough to hide the loads of its row's coefficients,
 # few enough that a handful of rows fills a GPU.
