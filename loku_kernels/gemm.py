@@ -26,6 +26,8 @@ _ONEDNN_MIN_SIDE = 16
 _TRANSPOSE_MIN_ROWS = 16
 # Widening costs as much as slow bfloat16 products of so many rows.
 _WIDENED_MIN_ROWS = 64
+# cuBLAS multiplies matrices slowly whose rows do not start at multiples of 16 bytes, as those of 50257 logits do not.
+_CUDA_ROW_BYTES = 16
 # Floats in the widened blocks of one step: small beside a chunk of logits, large enough for the product's full speed.
 _WIDENED_ELEMENTS = 4 << 20
 
@@ -48,6 +50,11 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu" and not processor.has_avx512() and len(a) >= _TRANSPOSE_MIN_ROWS:
         return torch.mm(b.t(), a.t()).t()
     return linear(a, b.t())
+
+
+def missing_rows(weight: Tensor) -> int:
+    """How many rows more of weight (V, D) would make rows of V products start where cuBLAS wants them."""
+    return -len(weight) % (_CUDA_ROW_BYTES // weight.element_size()) if weight.is_cuda else 0
 
 
 def add_outer_(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -13,19 +13,11 @@ _CPU_CHUNK_BYTES = 256 << 20
 # On a GPU: enough rows for the GEMMs of a chunk to run at full speed.
 _GPU_CHUNK_BYTES = 512 << 20
 _ROW_MULTIPLE = 16
-# cuBLAS has no fast kernels for 16-bit matrices whose rows start at odd addresses, as those of 50257 logits do.
-_GPU_ROW_BYTES = 128
 
 
 def default_chunk_bytes(device_type: str) -> int:
     """Bytes of logits in one chunk where the caller sets no budget."""
     return _CPU_CHUNK_BYTES if device_type == "cpu" else _GPU_CHUNK_BYTES
-
-
-def row_stride(vocabulary: int, itemsize: int, device_type: str) -> int:
-    """Elements from one row of a chunk's logits to the next."""
-    multiple = 1 if device_type == "cpu" else _GPU_ROW_BYTES // itemsize
-    return -(-vocabulary // multiple) * multiple
 
 
 def chunk_rows(n_rows: int, vocabulary: int, itemsize: int, chunk_bytes: int) -> int:

@@ -42,6 +42,10 @@ class _Gradients:
         if need_bias:
             self.bias += grad_logits.sum(dim=0, dtype=self.bias.dtype)
 
+    def of_vocabulary(self, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the hidden states, the head's weight and its bias, without what aligned the head."""
+        return self.hidden, self.weight[:vocabulary], self.bias[:vocabulary]
+
 
 @operator
 def linear_unlearning_loss(
@@ -68,16 +72,22 @@ def linear_unlearning_loss(
     backend = select(hidden)
     kernel = backend.row_losses_and_gradient_ if any(needed) else backend.row_losses
     table, index = _ignored_table(hidden, labels)
+    vocabulary, weight, bias = _aligned_head(weight, bias)
     gradients = _Gradients(hidden, weight, needed)
     for chunk, hidden_chunk, logits in _chunks(hidden, weight, bias, labels, rows, ignore_index, chunk_bytes):
         weights = ihl_weight[chunk], ce_weight[chunk]
         table[:, chunk], index[chunk] = kernel(
-            logits[None], labels[chunk], *weights, ignore_index=ignore_index, scale=scale, softcap=softcap
+            logits[None, :, :vocabulary],
+            labels[chunk],
+            *weights,
+            ignore_index=ignore_index,
+            scale=scale,
+            softcap=softcap,
         )
         gradients.add(chunk, hidden_chunk, weight, logits)
         del logits  # or there would be two chunks of them while the next is made
     loss = table[formulas.LOSS].clone()
-    return loss.sum(), loss, table, index, gradients.hidden, gradients.weight, gradients.bias
+    return loss.sum(), loss, table, index, *gradients.of_vocabulary(vocabulary)
 
 
 @torch.library.register_fake(linear_unlearning_loss.name())
@@ -194,22 +204,24 @@ def linear_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients asked for of sum(upstream * loss), from logits formed once more."""
     backend = select(hidden)
+    vocabulary, weight, bias = _aligned_head(weight, bias)
     gradients = _Gradients(hidden, weight, (need_hidden, need_weight, need_bias))
     for chunk, hidden_chunk, logits in _chunks(hidden, weight, bias, labels, rows, ignore_index, chunk_bytes):
+        scored = logits[None, :, :vocabulary]
         backend.row_gradient(
-            logits[None],
+            scored,
             labels[chunk],
             index[chunk],
             coefficients[:, chunk].contiguous(),
             upstream[chunk],
-            logits[None],
+            scored,
             ignore_index=ignore_index,
             scale=scale,
             softcap=softcap,
         )
         gradients.add(chunk, hidden_chunk, weight, logits)
-        del logits
-    return gradients.hidden, gradients.weight, gradients.bias
+        del logits, scored
+    return gradients.of_vocabulary(vocabulary)
 
 
 @torch.library.register_fake(linear_gradients.name())
@@ -250,6 +262,18 @@ def _in_dtype_of(inputs: tuple[Tensor | None, ...], gradients: Sequence[Tensor],
     return *found, *[None] * 11
 
 
+def _aligned_head(weight: Tensor, bias: Tensor | None) -> tuple[int, Tensor, Tensor | None]:
+    """The vocabulary, and the head with as many more rows, all 0, as its products need to be fast.
+
+    Their logits are 0 and no kernel touches them, so they add nothing to a gradient.
+    """
+    vocabulary, missing = len(weight), gemm.missing_rows(weight)
+    if missing == 0:
+        return vocabulary, weight, bias
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+    return vocabulary, weight, None if bias is None else torch.nn.functional.pad(bias, (0, missing))
+
+
 def _chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -271,10 +295,8 @@ def _chunks(
     n_rows = hidden.shape[0] if rows is None else rows.shape[0]
     if chunk_bytes is None:
         chunk_bytes = launch.default_chunk_bytes(hidden.device.type)
-    vocabulary = weight.shape[0]
-    width = launch.row_stride(vocabulary, hidden.element_size(), hidden.device.type)
-    height = launch.chunk_rows(n_rows, width, hidden.element_size(), chunk_bytes)
-    buffer = memory.empty((height, width), hidden.dtype, hidden.device)[:, :vocabulary]
+    height = launch.chunk_rows(n_rows, weight.shape[0], hidden.element_size(), chunk_bytes)
+    buffer = memory.empty((height, weight.shape[0]), hidden.dtype, hidden.device)
     for start in range(0, n_rows, height):
         chunk = slice(start, min(start + height, n_rows))
         chunk = chunk if rows is None else rows[chunk]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from peft import PeftModel
@@ -21,6 +22,8 @@ from loku.fila.shadow import ShadowVariant
 from loku.fila.state import FilaStateDict
 from loku.fila.stored_form import FilaLoraConfig, keep_initial
 from loku.fila.targets import base_weight, check_fresh, check_ranks, check_residual, check_whole, lora_layers
+
+GPU_WORKERS = 4
 
 
 def initialize_lora_fila_weights(
@@ -85,10 +88,7 @@ def initialize_lora_fila_weights(
             show_progress_bar=show_progress_bar,
         )
     _check_state(fila_state_dict, layers)
-    factors = {
-        name: _factors(name, layer, adapter_name, fila_state_dict[name], config.rtol)
-        for name, layer in progress(list(layers.items()), "weighted SVD", "module", show_progress_bar)
-    }
+    factors = _all_factors(layers, adapter_name, fila_state_dict, config.rtol, show_progress_bar)
     _warn_of_dead_directions(factors)
     importance = getattr(fila_state_dict, "importance", {})
     attach(model, layers, adapter_name, factors, config, importance)
@@ -119,6 +119,27 @@ def attach(
     settings = {**dataclasses.asdict(config), "residual_dtype": config.residual_dtype and str(config.residual_dtype)}
     record = {"config": settings, "importance": dict(importance), "fingerprints": fingerprints}
     model.peft_config[adapter_name] = FilaLoraConfig.of(model.peft_config[adapter_name], record)
+
+
+def _all_factors(
+    layers: Mapping[str, LoraLayer],
+    adapter_name: str,
+    row_weights: Mapping[str, Tensor],
+    rtol: float,
+    show_progress_bar: bool,
+) -> dict[str, Factors]:
+    """Of every layer, several at a time on a GPU: a weighted SVD waits for the host's eigenvalues at every step."""
+
+    def of(name: str) -> Factors:
+        return _factors(name, layers[name], adapter_name, row_weights[name], rtol)
+
+    on_gpu = all(layer.weight.is_cuda for layer in layers.values())
+    with ThreadPoolExecutor(GPU_WORKERS) as pool:
+        found = pool.map(of, layers) if on_gpu else map(of, layers)
+        shown = progress(
+            zip(layers, found, strict=True), "weighted SVD", "module", show_progress_bar, total=len(layers)
+        )
+        return dict(shown)
 
 
 def _factors(name: str, layer: LoraLayer, adapter_name: str, row_weight: Tensor, rtol: float) -> Factors:

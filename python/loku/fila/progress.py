@@ -13,12 +13,14 @@ from tqdm.auto import tqdm
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], what: str, unit: str, show: bool = True, modules: int = 0) -> Iterator[T]:
+def progress(
+    items: Iterable[T], what: str, unit: str, show: bool = True, modules: int = 0, total: int | None = None
+) -> Iterator[T]:
     """Yields the items, showing how many a second and the peak memory (of the GPU where there is one).
 
     Where an item stands for work on several modules, also modules a second.
     """
-    with tqdm(items, desc=what, unit=unit, disable=not show) as bar:
+    with tqdm(items, desc=what, unit=unit, total=total, disable=not show) as bar:
         for item in bar:
             yield item
             rate = bar.format_dict["rate"] if modules and show else None
