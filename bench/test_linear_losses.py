@@ -80,12 +80,26 @@ def bare_gemms(hidden: Tensor, weight: Tensor, grad_logits: Tensor) -> list[Cand
         torch.mm(wide.t(), grad_logits.float().t()).to(hidden.dtype)
 
     routes = [] if lacks_products(hidden) else [Candidate("two bare GEMMs, torch.mm", "limit", by_mm)]
+    if missing := gemm.missing_rows(weight):
+        routes.append(aligned_gemms(hidden, weight, missing))
     if gemm.is_widened(hidden):
         routes.append(Candidate("two GEMMs, cast to float32", "limit", in_float32))
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32:
         routes.append(Candidate("two bare GEMMs, oneDNN", "limit", by_onednn))
         routes.append(Candidate("two bare GEMMs, oneDNN and torch.mm of the transpose", "limit", by_both))
     return routes
+
+
+def aligned_gemms(hidden: Tensor, weight: Tensor, missing: int) -> Candidate:
+    """The same for a vocabulary that cuBLAS likes, of which users of the odd one know nothing."""
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+    logits, grad_hidden = torch.randn(len(hidden), len(weight), device=hidden.device).to(hidden.dtype), hidden.clone()
+
+    def by_mm() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=grad_hidden)
+
+    return Candidate(f"two bare GEMMs, {len(weight)} columns", "limit", by_mm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,7 +127,11 @@ def test_frozen_head(bench, shape, dtype):
     workload = f"hidden states, {n} x {d} x {v} {str(dtype)[6:]}"
     found = bench.measure(workload, candidates, work=4 * n * d * v, unit="GFLOP/s")
     ours = found["fused_linear_ihl"]
-    bench.target(workload, "ours / fastest bare GEMMs", 1 / ours.share_of_limit, 1.05)
+    bound = 1.05 if bench.device.type == "cpu" else 1.15
+    bench.target(workload, "ours / fastest bare GEMMs", 1 / ours.share_of_limit, bound)
+    for name in ("Liger (CE)", "cut-cross-entropy (CE)"):
+        if name in found:
+            bench.target(workload, f"{name} / ours", found[name].median_ms / ours.median_ms, 1.0, at_least=True)
     if dtype == torch.float32 and bench.device.type == "cpu":
         bench.target(workload, "eager / ours", found["torch eager"].median_ms / ours.median_ms, 2.4, at_least=True)
     bench.target(

@@ -1,7 +1,8 @@
 """One step of LoKU's training, IHL on forget and CE on retain sequences, beside the authors' formulation of the same.
 
-Both train rank 16 on all linear layers but the head by AdamW, 8 forget and 8 retain sequences of TOFU's lengths a step:
-ours in packed rows, the authors' padded to 500 tokens each. Weights are random. FILA would change what the adapter
+Both train rank 16 on all linear layers but the head by AdamW. On a GPU a step has 32 forget and 32 retain sequences of
+TOFU's lengths, the authors' batch: ours in packed rows at once, the authors' padded to 500 tokens each and accumulated
+over batches of 8 + 8, as many as fit. On a CPU it has 8 and 8. Weights are random. FILA would change what the adapter
 starts from, not what a step computes. Rates are in tokens without padding. Rows of the role "part" say where the GPU's
 time goes in a step of ours.
 """
@@ -27,7 +28,8 @@ from loku.data import Role
 from loku.training import UnlearnConfig, UnlearningTrainer
 from loku.training.methods import Totals
 
-PAIRS = 8  # of a step
+PAIRS, PAIRS_ON_CPU = 32, 8  # of a step
+AT_ONCE = 8  # of them, the authors'
 KERNELS = ("row_losses_and_gradient_kernel", "row_losses_kernel", "row_gradient_kernel")
 
 
@@ -53,18 +55,23 @@ class Problem:
 
     def __init__(self, name: str, length: int, device: torch.device, output: Path) -> None:
         config = MODELS[name]
+        self.count = PAIRS if device.type == "cuda" else PAIRS_ON_CPU
         self.model = adapted(random_model(config, device))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        self.source, forget = sequences("forget01", PAIRS, config.vocab_size)
-        _, retain = sequences("retain99", 10 * PAIRS, config.vocab_size)
-        args = UnlearnConfig(str(output), method="ihl", per_device_train_batch_size=PAIRS, report_to="none")
+        self.source, forget = sequences("forget05", self.count, config.vocab_size)
+        _, retain = sequences("retain95", 10 * self.count, config.vocab_size)
+        args = UnlearnConfig(str(output), method="ihl", per_device_train_batch_size=self.count, report_to="none")
         self.trainer = UnlearningTrainer(self.model, args, forget_dataset=forget, retain_dataset=retain)
-        pairs = [self.trainer.train_dataset[i] for i in range(PAIRS)]
+        pairs = [self.trainer.train_dataset[i] for i in range(self.count)]
         self.tokens = sum(len(example["input_ids"]) for pair in pairs for example in pair.values())
         self.batch = moved(self.trainer.data_collator(pairs), device)
+        self.part = moved(self.trainer.data_collator(pairs[:AT_ONCE]), device)
         roles = (Role.FORGET, Role.RETAIN)
-        self.padded = [moved(tofu.padded([pair[role] for pair in pairs], length), device) for role in roles]
+        self.padded = [
+            [moved(tofu.padded([pair[role] for pair in part], length), device) for role in roles]
+            for part in (pairs[i : i + AT_ONCE] for i in range(0, self.count, AT_ONCE))
+        ]
 
     def loss(self) -> torch.Tensor:
         return self.trainer.compute_loss(self.model, self.batch)
@@ -76,11 +83,16 @@ class Problem:
         self.optimizer.zero_grad()
 
     def authors_step(self) -> None:
-        authors.training_step(self.model, self.optimizer, *self.padded)
+        for forget, retain in self.padded[1:]:
+            (authors.loss(self.model, forget, retain) / len(self.padded)).backward()
+        authors.training_step(self.model, self.optimizer, *self.padded[0])
 
     def check(self) -> None:
-        """The loss is the same, and so are the adapter's gradients, both ways."""
-        losses = self.loss, lambda: authors.loss(self.model, *self.padded)
+        """A part's loss is the same, and so are the adapter's gradients, both ways."""
+        losses = (
+            lambda: self.trainer.compute_loss(self.model, self.part),
+            lambda: authors.loss(self.model, *self.padded[0]),
+        )
         (ours, gradients), (theirs, expected) = (forward_backward(loss, *self.trained)() for loss in losses)
         differences = [mine - other for mine, other in zip(gradients, expected, strict=True)]
         distance, size = (nn.utils.get_total_norm(tensors) for tensors in (differences, expected))
@@ -121,9 +133,9 @@ def test_training_step(bench, shape: tuple[str], tmp_path: Path):
     length = 100 if bench.quick else authors.LENGTH
     p = Problem(name, length, bench.device, tmp_path)
     p.check()
-    workload = f"LoKU's step, {name}, {PAIRS} + {PAIRS} sequences ({p.source}), {p.tokens} tokens"
+    workload = f"LoKU's step, {name}, {p.count} + {p.count} sequences ({p.source}), {p.tokens} tokens"
     rows, width = p.batch["input_ids"].shape
-    ours, theirs = f"UnlearningTrainer, {rows} rows of {width}", f"authors': {2 * PAIRS} rows of {length}"
+    ours, theirs = f"UnlearningTrainer, {rows} rows of {width}", f"authors': {2 * p.count} rows of {length}"
     bench.rounds = min(bench.rounds, 5 if bench.device.type == "cuda" else 2)
     found = bench.measure(
         workload,

@@ -13,24 +13,36 @@ from loku_kernels.backends.triton import fused, gradient, launch, losses
 
 VOCABULARIES = st.integers(2, 2**31 - 1)
 DTYPES = st.sampled_from(launch.DTYPES)
+TRANSFORMS = st.sampled_from(launch.TRANSFORMS)
 
 
 def _is_power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-@given(VOCABULARIES, DTYPES, st.booleans())
-def test_a_sweep_loads_128_bits_a_thread(vocabulary, dtype, interpreted):
-    chosen = launch.sweep_launch(vocabulary, dtype.itemsize, interpreted)
+RULES = {losses: launch.sweep_launch, fused: launch.fused_launch}
+
+
+@given(VOCABULARIES, DTYPES, TRANSFORMS, st.booleans(), st.sampled_from(list(RULES.values())))
+def test_a_sweep_loads_128_bits_a_thread(vocabulary, dtype, transform, interpreted, rule):
+    chosen = rule(vocabulary, dtype.itemsize, transform, interpreted)
     assert chosen["GRANULE"] * dtype.itemsize == 16
     assert _is_power_of_two(chosen["LANES"])
     if not interpreted:
         assert chosen["LANES"] == chosen["num_warps"] * 32
 
 
-@given(VOCABULARIES, DTYPES, st.booleans(), st.booleans())
-def test_gradient_tiles_cover_a_row_part_exactly(vocabulary, dtype, aligned, interpreted):
-    chosen = launch.gradient_launch(vocabulary, dtype.itemsize, aligned, interpreted)
+@given(VOCABULARIES, DTYPES)
+def test_long_rows_are_swept_by_more_warps(vocabulary, dtype):
+    sizes = vocabulary // 2, vocabulary
+    shorter, chosen = (launch.fused_launch(v, dtype.itemsize, "none", interpreted=False) for v in sizes)
+    assert shorter["num_warps"] <= chosen["num_warps"]
+    assert launch.WARPS_AT_WORK % chosen["num_warps"] == 0
+
+
+@given(VOCABULARIES, DTYPES, TRANSFORMS, st.booleans(), st.booleans())
+def test_gradient_tiles_cover_a_row_part_exactly(vocabulary, dtype, transform, aligned, interpreted):
+    chosen = launch.gradient_launch(vocabulary, dtype.itemsize, transform, aligned, interpreted)
     assert chosen["GRANULE"] == (16 // dtype.itemsize if aligned else 1)
     assert _is_power_of_two(chosen["TILE"])
     assert chosen["COLUMNS"] % chosen["TILE"] == 0
@@ -40,15 +52,14 @@ def test_gradient_tiles_cover_a_row_part_exactly(vocabulary, dtype, aligned, int
 @pytest.mark.parametrize("module", [losses, fused])
 @given(VOCABULARIES, DTYPES, st.sampled_from([1.0, 0.5]), st.sampled_from([0.0, 30.0]))
 def test_every_sweep_is_compiled_beforehand(module, vocabulary, dtype, scale, softcap):
-    chosen = launch.sweep_launch(vocabulary, dtype.itemsize, interpreted=False)
-    chosen |= {"TRANSFORM": launch.transform_name(scale, softcap)}
+    chosen = RULES[module](vocabulary, dtype.itemsize, launch.transform_name(scale, softcap), interpreted=False)
     assert (dtype, chosen) in [(c.dtype, c.launch) for c in module.compile_configurations()]
 
 
 @given(VOCABULARIES, DTYPES, st.booleans(), st.sampled_from([1.0, 0.5]), st.sampled_from([0.0, 30.0]))
 def test_every_gradient_is_compiled_beforehand(vocabulary, dtype, aligned, scale, softcap):
-    chosen = launch.gradient_launch(vocabulary, dtype.itemsize, aligned, interpreted=False)
-    chosen |= {"TRANSFORM": launch.transform_name(scale, softcap)}
+    transform = launch.transform_name(scale, softcap)
+    chosen = launch.gradient_launch(vocabulary, dtype.itemsize, transform, aligned, interpreted=False)
     found = [(c.dtype, c.launch, c.wide) for c in gradient.compile_configurations()]
     assert (dtype, chosen, aligned) in found
 

@@ -109,10 +109,10 @@ def read_report(usage: str, sass: str) -> Report:
 
 
 def instructions_in_loops(sass: str) -> Iterator[str]:
-    """The instructions between a label and a later branch back to it."""
+    """The instructions between a label and the last branch back to it, of loops that hold no other loop."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
-    in_loop: set[int] = set()
+    loops: dict[int, int] = {}
     for line in sass.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(instructions)
@@ -120,8 +120,10 @@ def instructions_in_loops(sass: str) -> Iterator[str]:
             instructions.append(instruction[1])
             branch = BRANCH.search(instruction[1])
             if branch and branch[1] in labels:
-                in_loop.update(range(labels[branch[1]], len(instructions)))
-    return (instructions[i] for i in sorted(in_loop))
+                loops[labels[branch[1]]] = len(instructions)
+    for start, end in sorted(loops.items()):
+        if not any(start < other < end for other in loops):
+            yield from instructions[start:end]
 
 
 def faults(configuration: Configuration, report: Report) -> list[str]:

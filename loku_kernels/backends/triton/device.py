@@ -265,13 +265,16 @@ def row_statistics(
 
 
 @triton.jit
-def write_rest(ptr, out_ptr, position, inside, reference, g_rest, scale, softcap, TRANSFORM: tl.constexpr):
+def write_rest(
+    ptr, out_ptr, position, inside, reference, g_rest, scale, softcap,
+    TRANSFORM: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
     """The gradient at ``position`` of ``ptr``, as that of a logit that is neither the target nor the runner-up."""
-    x = tl.load(ptr + position, mask=inside, other=0.0)
+    x = tl.load(ptr + position, mask=inside, other=0.0, eviction_policy=EVICTION)
     g = g_rest * exp(transformed(x, scale, softcap, TRANSFORM) - reference)
     if TRANSFORM != "none":
         g = g * slope(x, scale, softcap, TRANSFORM)
-    tl.store(out_ptr + position, g.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + position, g.to(out_ptr.dtype.element_ty), mask=inside, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -285,7 +288,7 @@ def is_part(column, head, body, begin, end):
 @triton.jit
 def write_gradient(
     row_ptr, out_ptr, begin, end, V, coefficients, scale, softcap,
-    GRANULE: tl.constexpr, TILE: tl.constexpr, TRANSFORM: tl.constexpr,
+    GRANULE: tl.constexpr, TILE: tl.constexpr, TRANSFORM: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the body's columns from ``begin`` up to ``end``, and of the row's ends if ``begin`` is 0."""
     target, index, runner_up, g_target, g_runner_up, g_rest = coefficients
@@ -297,14 +300,15 @@ def write_gradient(
     head, body = cut(row_ptr, V, GRANULE)
     if begin == 0:
         column, inside = end_columns(head, body, body, V, GRANULE, 2 * LINE * GRANULE)
-        write_rest(row_ptr, out_ptr, column, inside, reference, g_rest, scale, softcap, TRANSFORM)
+        write_rest(row_ptr, out_ptr, column, inside, reference, g_rest, scale, softcap, TRANSFORM, EVICTION)
     body_ptr = advance(row_ptr, head, GRANULE)
     body_out_ptr = advance(out_ptr, head, GRANULE)
     end = tl.minimum(end, body)
     last = begin + (tl.cdiv(end - begin, TILE) - 1) * TILE
     for start in range(begin, end, TILE):  # backwards, as what was read last is still in the cache
         position = last - (start - begin) + tl.arange(0, TILE)
-        write_rest(body_ptr, body_out_ptr, position, position < body, reference, g_rest, scale, softcap, TRANSFORM)
+        swept = position < body
+        write_rest(body_ptr, body_out_ptr, position, swept, reference, g_rest, scale, softcap, TRANSFORM, EVICTION)
     tl.debug_barrier()
     dtype = out_ptr.dtype.element_ty
     tl.store(out_ptr + index, g_runner_up.to(dtype), mask=is_part(index, head, body, begin, end))

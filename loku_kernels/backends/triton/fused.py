@@ -15,7 +15,7 @@ from loku_kernels.backends.triton import launch
 from loku_kernels.backends.triton.configurations import Configuration
 from loku_kernels.backends.triton.device import read_label, row_offset, row_statistics, write_constant, write_gradient
 from loku_kernels.backends.triton.formula import combine
-from loku_kernels.backends.triton.losses import INTEGERS, POINTERS, launch_sweep, store_row, sweep_configurations
+from loku_kernels.backends.triton.losses import INTEGERS, POINTERS, run_sweep, store_row, sweep_configurations
 
 
 # Programs take rows in turn, so that their number bounds the rows that the cache has to hold. Arguments as in
@@ -44,7 +44,9 @@ def row_losses_and_gradient_kernel(
             store_row(rows_ptr, index_ptr, row, N, loss, z_t, rest, z_m, g_t, g_m, g_rest, index)
             tl.debug_barrier()  # every thread has read its columns before any is overwritten
             coefficients = (target, index, z_m, g_t, g_m, g_rest)
-            write_gradient(row_ptr, row_ptr, 0, V, V, coefficients, scale, softcap, GRANULE, TILE, TRANSFORM)
+            write_gradient(
+                row_ptr, row_ptr, 0, V, V, coefficients, scale, softcap, GRANULE, TILE, TRANSFORM, "evict_first"
+            )  # the cache is for rows that are still to be written
 
 
 def row_losses_and_gradient_(
@@ -58,12 +60,22 @@ def row_losses_and_gradient_(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.row_losses_and_gradient_``."""
-    programs = launch.fused_programs(len(labels), logits.shape[-1] * logits.element_size(), logits.device)
-    return launch_sweep(
-        row_losses_and_gradient_kernel, programs, logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap
+    chosen = launch.fused_launch(logits.shape[-1], logits.element_size(), launch.transform_name(scale, softcap))
+    programs = launch.fused_programs(len(labels), chosen, logits.device)
+    return run_sweep(
+        row_losses_and_gradient_kernel,
+        programs,
+        chosen,
+        logits,
+        labels,
+        ihl_weight,
+        ce_weight,
+        ignore_index,
+        scale,
+        softcap,
     )
 
 
 def compile_configurations() -> Iterator[Configuration]:
     """Every specialisation that the launch rules can choose."""
-    yield from sweep_configurations(row_losses_and_gradient_kernel)
+    yield from sweep_configurations(row_losses_and_gradient_kernel, launch.fused_launch)

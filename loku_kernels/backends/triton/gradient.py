@@ -57,7 +57,7 @@ def row_gradient_kernel(
         g_rest = upstream * tl.load(coefficients_ptr + 3 * coefficients_stride)
         coefficients = (target, index, runner_up, g_target, g_runner_up, g_rest)
         end = begin + COLUMNS
-        write_gradient(row_ptr, out_ptr, begin, end, V, coefficients, scale, softcap, GRANULE, TILE, TRANSFORM)
+        write_gradient(row_ptr, out_ptr, begin, end, V, coefficients, scale, softcap, GRANULE, TILE, TRANSFORM, "")
 
 
 def row_gradient(
@@ -74,13 +74,13 @@ def row_gradient(
 ) -> None:
     """As ``reference.row_gradient``."""
     (N,), (_, T, V) = labels.shape, logits.shape
-    chosen = launch.gradient_launch(V, logits.element_size(), launch.same_alignment(logits, out))
+    transform = launch.transform_name(scale, softcap)
+    chosen = launch.gradient_launch(V, logits.element_size(), transform, launch.same_alignment(logits, out))
     with torch.cuda.device_of(logits):
         row_gradient_kernel[(N * triton.cdiv(V, chosen["COLUMNS"]),)](
             logits, labels, index, coefficients, upstream, out,
             T, V, *logits.stride()[:2], *out.stride()[:2], coefficients.stride(0), upstream.stride(0),
-            ignore_index, scale, softcap,
-            TRANSFORM=launch.transform_name(scale, softcap), **chosen,
+            ignore_index, scale, softcap, **chosen,
         )  # fmt: skip
 
 
@@ -92,6 +92,6 @@ def compile_configurations() -> Iterator[Configuration]:
         types |= {"logits_ptr": logits, "out_ptr": logits, "labels_ptr": "*i64", "index_ptr": "*i64"}
         types |= {"scale": "fp32", "softcap": "fp32"}
         for aligned in (True, False):
-            chosen = launch.gradient_launch(50257, dtype.itemsize, aligned, interpreted=False)
             for transform in launch.TRANSFORMS:
-                yield Configuration(row_gradient_kernel, dtype, types, chosen | {"TRANSFORM": transform}, wide=aligned)
+                chosen = launch.gradient_launch(50257, dtype.itemsize, transform, aligned, interpreted=False)
+                yield Configuration(row_gradient_kernel, dtype, types, chosen, wide=aligned)

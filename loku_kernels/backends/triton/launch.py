@@ -1,13 +1,8 @@
 """How the row kernels are launched: pure functions of vocabulary, dtype and alignment, with no search at run time.
 
-A thread loads 128 bits at a time, a *granule* of 4 float32 or 8 half-precision logits, and has 4 such loads on their
-way: 64 bytes a thread, 64 KiB a multiprocessor at half occupancy, where 4.8 TB/s at a latency of 0.8 us needs 29 KiB on
-each of 132. The sweep keeps three registers for each column of a tile (m, R, where): 12 a thread in float32, 24 in half
-precision, beside 16 for the loads. As compiled that is 48 and 64 registers on sm_90: half occupancy or better.
-
-A row has one program of 4 warps, for every vocabulary: a row of 32000 gives each thread 30 or more tiles, against which
-the reduction over the lanes at the end is small. With 8 warps the compiler spills in half precision: it then aims at 80
-registers, of which the sweep with a soft cap needs a few more.
+A thread loads 128 bits at a time, a *granule* of 4 float32 or 8 half-precision logits, and has 4 or 8 such loads on
+their way. The choices were measured on an H200 (docs/gpu-tuning.md): (8192, 32000), (8192, 50257) and (4096, 128256)
+in float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -27,29 +22,46 @@ WARP = 32
 # Fused multiply-adds are wanted for speed, and the compiler's default differs between versions.
 OPTIONS = {"enable_fp_fusion": True}
 
+# A row has one program of 4 warps for every vocabulary: with more, what comes after the sweep costs more than it saves.
 SWEEP_WARPS = 4
-FUSED_ROWS = 4
+SWEEP_AHEAD = 8  # loads; half as many where the logits are transformed, which takes registers
 FEWEST_LANES = 64  # each takes a column of a row's ends, of which there can be six granules
 
-# Columns of a row that one program of the gradient kernel writes: enough to hide the loads of its row's coefficients,
-# few enough that a handful of rows fills a GPU.
-GRADIENT_COLUMNS = 16384
-GRADIENT_WARPS = 4
+# The fused kernel has to find a row in the L2 cache again after its sweep, but also to hide one row's latencies behind
+# others: a multiprocessor has 32 warps at work, on fewer rows the longer they are. (Warps, bytes of the longest row.)
+FUSED_WARPS = ((8, 80 << 10), (16, 384 << 10), (32, 2**63))
+FUSED_AHEAD = 4
+WARPS_AT_WORK = 32
+
+# Columns of a row that one program of the gradient kernel writes: few, so that the programs that run at one time are
+# close together in memory. (Warps and loads ahead, by the bytes of a logit.)
+GRADIENT_COLUMNS = 2048
+GRADIENT_SHAPE = {4: (4, 2), 2: (2, 4)}
 
 LARGEST_INTERPRETED_TILE = 65536  # the interpreter's time goes by operations, not by elements
 
 
-def sweep_launch(vocabulary: int, item_bytes: int, interpreted: bool = INTERPRETED) -> dict[str, Any]:
+def sweep_launch(vocabulary: int, item_bytes: int, transform: str, interpreted: bool = INTERPRETED) -> dict[str, Any]:
     """Constants and options of a kernel in which a program sweeps a row, a granule a lane at a time."""
-    granule = LOAD_BYTES // item_bytes
-    if interpreted:
-        lanes = max(FEWEST_LANES, _interpreted_tile(vocabulary) // granule)
-        return {"GRANULE": granule, "LANES": lanes, "AHEAD": 1}
-    return {"GRANULE": granule, "LANES": SWEEP_WARPS * WARP, "AHEAD": LOADS_AHEAD, "num_warps": SWEEP_WARPS} | OPTIONS
+    return _sweep(vocabulary, item_bytes, transform, SWEEP_WARPS, SWEEP_AHEAD, interpreted)
+
+
+def fused_launch(vocabulary: int, item_bytes: int, transform: str, interpreted: bool = INTERPRETED) -> dict[str, Any]:
+    """Constants and options of the kernel that sweeps a row and then writes over it."""
+    warps = next(warps for warps, longest in FUSED_WARPS if vocabulary * item_bytes <= longest)
+    return _sweep(vocabulary, item_bytes, transform, warps, FUSED_AHEAD, interpreted)
+
+
+def fused_programs(rows: int, chosen: dict[str, Any], device: torch.device) -> int:
+    """How many rows the fused kernel has in hand at a time."""
+    if device.type != "cuda":
+        return rows
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(rows, WARPS_AT_WORK // chosen["num_warps"] * multiprocessors)
 
 
 def gradient_launch(
-    vocabulary: int, item_bytes: int, same_alignment: bool, interpreted: bool = INTERPRETED
+    vocabulary: int, item_bytes: int, transform: str, same_alignment: bool, interpreted: bool = INTERPRETED
 ) -> dict[str, Any]:
     """Constants and options of the gradient kernel, in which a program writes COLUMNS of a row in tiles of TILE.
 
@@ -59,16 +71,11 @@ def gradient_launch(
     granule = LOAD_BYTES // item_bytes if same_alignment else 1
     if interpreted:
         tile = _interpreted_tile(vocabulary)
-        return {"GRANULE": granule, "TILE": tile, "COLUMNS": tile}
-    tile = GRADIENT_WARPS * WARP * granule * LOADS_AHEAD
-    return {"GRANULE": granule, "TILE": tile, "COLUMNS": GRADIENT_COLUMNS, "num_warps": GRADIENT_WARPS} | OPTIONS
-
-
-def fused_programs(rows: int, row_bytes: int, device: torch.device) -> int:
-    """How many rows the fused kernel has in hand at a time, at most FUSED_ROWS a multiprocessor."""
-    if device.type != "cuda":
-        return rows
-    return min(rows, FUSED_ROWS * torch.cuda.get_device_properties(device).multi_processor_count)
+        return {"GRANULE": granule, "TILE": tile, "COLUMNS": tile, "TRANSFORM": transform}
+    warps, loads = GRADIENT_SHAPE[item_bytes]
+    tile = warps * WARP * granule * (loads if transform == "none" else loads // 2)
+    constants = {"GRANULE": granule, "TILE": tile, "COLUMNS": GRADIENT_COLUMNS, "TRANSFORM": transform}
+    return constants | {"num_warps": warps} | OPTIONS
 
 
 def transform_name(scale: float, softcap: float) -> str:
@@ -87,6 +94,17 @@ def same_alignment(logits: torch.Tensor, out: torch.Tensor) -> bool:
         if size > 1
     ]
     return all(bytes_apart % LOAD_BYTES == 0 for bytes_apart in apart)
+
+
+def _sweep(
+    vocabulary: int, item_bytes: int, transform: str, warps: int, ahead: int, interpreted: bool
+) -> dict[str, Any]:
+    constants = {"GRANULE": LOAD_BYTES // item_bytes, "TRANSFORM": transform}
+    if interpreted:
+        lanes = max(FEWEST_LANES, _interpreted_tile(vocabulary) // constants["GRANULE"])
+        return constants | {"LANES": lanes, "AHEAD": 1}
+    ahead = ahead if transform == "none" else ahead // 2
+    return constants | {"LANES": warps * WARP, "AHEAD": ahead, "num_warps": warps} | OPTIONS
 
 
 def _interpreted_tile(vocabulary: int) -> int:

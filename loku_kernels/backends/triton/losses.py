@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -78,14 +79,16 @@ def row_losses(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.row_losses``."""
-    return launch_sweep(
-        row_losses_kernel, len(labels), logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap
+    chosen = launch.sweep_launch(logits.shape[-1], logits.element_size(), launch.transform_name(scale, softcap))
+    return run_sweep(
+        row_losses_kernel, len(labels), chosen, logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap
     )
 
 
-def launch_sweep(
+def run_sweep(
     kernel: triton.JITFunction,
     programs: int,
+    chosen: dict[str, Any],
     logits: Tensor,
     labels: Tensor,
     ihl_weight: Tensor,
@@ -102,23 +105,23 @@ def launch_sweep(
         kernel[(programs,)](
             logits, labels, ihl_weight, ce_weight, rows, index,
             N, T, V, *logits.stride()[:2], ihl_weight.stride(0), ce_weight.stride(0),
-            ignore_index, scale, softcap,
-            TRANSFORM=launch.transform_name(scale, softcap), **launch.sweep_launch(V, logits.element_size()),
+            ignore_index, scale, softcap, **chosen,
         )  # fmt: skip
     return rows, index
 
 
-def sweep_configurations(kernel: triton.JITFunction) -> Iterator[Configuration]:
-    """All that ``launch_sweep`` can ask of ``kernel``."""
+def sweep_configurations(kernel: triton.JITFunction, rule: Callable[..., dict[str, Any]]) -> Iterator[Configuration]:
+    """All that ``run_sweep`` can ask of ``kernel`` by a launch rule."""
     for dtype in launch.DTYPES:
         types = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(INTEGERS, "i64") | {"V": "i32"}
         types |= {"logits_ptr": f"*{TRITON_TYPES[dtype]}", "labels_ptr": "*i64", "index_ptr": "*i64"}
         types |= {"scale": "fp32", "softcap": "fp32"}
-        chosen = launch.sweep_launch(50257, dtype.itemsize, interpreted=False)
         for transform in launch.TRANSFORMS:
-            yield Configuration(kernel, dtype, types, chosen | {"TRANSFORM": transform})
+            found = [rule(v, dtype.itemsize, transform, interpreted=False) for v in (1000, 50257, 1 << 20)]
+            for chosen in (c for i, c in enumerate(found) if c not in found[:i]):
+                yield Configuration(kernel, dtype, types, chosen)
 
 
 def compile_configurations() -> Iterator[Configuration]:
     """Every specialisation that the launch rules can choose."""
-    yield from sweep_configurations(row_losses_kernel)
+    yield from sweep_configurations(row_losses_kernel, launch.sweep_launch)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import PeftModel
@@ -23,6 +24,7 @@ from loku.fila.state import FilaStateDict
 from loku.fila.stored_form import FilaLoraConfig, keep_initial
 from loku.fila.targets import base_weight, check_fresh, check_ranks, check_residual, check_whole, lora_layers
 
+# An H200's host of 16 cores, milliseconds a matrix of Llama2-7B, rank 32, with 1, 2, 4, 6 and 8: 82, 41, 26, 25, 26.
 GPU_WORKERS = 4
 
 
@@ -133,13 +135,24 @@ def _all_factors(
     def of(name: str) -> Factors:
         return _factors(name, layers[name], adapter_name, row_weights[name], rtol)
 
-    on_gpu = all(layer.weight.is_cuda for layer in layers.values())
-    with ThreadPoolExecutor(GPU_WORKERS) as pool:
+    on_gpu = all(base_weight(layer).is_cuda for layer in layers.values())
+    with ThreadPoolExecutor(GPU_WORKERS) as pool, _one_thread() if on_gpu else nullcontext():
         found = pool.map(of, layers) if on_gpu else map(of, layers)
         shown = progress(
             zip(layers, found, strict=True), "weighted SVD", "module", show_progress_bar, total=len(layers)
         )
         return dict(shown)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """An eigenproblem of a few hundred rows is as fast on one core, and leaves the others to other matrices."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _factors(name: str, layer: LoraLayer, adapter_name: str, row_weight: Tensor, rtol: float) -> Factors:
