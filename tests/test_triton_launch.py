@@ -13,7 +13,7 @@ from loku_kernels.backends.triton import fused, gradient, launch, losses
 
 VOCABULARIES = st.integers(2, 2**31 - 1)
 DTYPES = st.sampled_from(launch.DTYPES)
-TRANSFORMS = st.sampled_from(launch.TRANSFORMS)
+TRANSFORMS = st.sampled_from(list(launch.TRANSFORMS))
 
 
 def _is_power_of_two(n: int) -> bool:

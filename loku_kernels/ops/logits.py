@@ -50,10 +50,13 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, labels, _, _, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.inplace = inputs
     _, rows, index = output
     ctx.mark_non_differentiable(rows, index)
+    ctx.set_materialize_grads(False)  # or zeros of the table's size would be filled in for it
     ctx.save_for_backward(logits, labels, index, rows)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 8
     logits, labels, index, rows = ctx.saved_tensors
     arguments = (labels, index, rows[formulas.COEFFICIENTS], grad_loss, ctx.ignore_index, ctx.scale, ctx.softcap)
     if ctx.inplace:

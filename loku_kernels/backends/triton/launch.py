@@ -14,7 +14,8 @@ import triton
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRANSFORMS = ("none", "scale", "softcap")
+# What is done to the logits, and by how much it lowers the number of loads ahead, as it takes registers too.
+TRANSFORMS = {"none": 1, "scale": 2, "softcap": 4}
 
 LOAD_BYTES = 16
 LOADS_AHEAD = 4
@@ -24,7 +25,7 @@ OPTIONS = {"enable_fp_fusion": True}
 
 # A row has one program of 4 warps for every vocabulary: with more, what comes after the sweep costs more than it saves.
 SWEEP_WARPS = 4
-SWEEP_AHEAD = 8  # loads; half as many where the logits are transformed, which takes registers
+SWEEP_AHEAD = 8  # loads
 FEWEST_LANES = 64  # each takes a column of a row's ends, of which there can be six granules
 
 # The fused kernel has to find a row in the L2 cache again after its sweep, but also to hide one row's latencies behind
@@ -73,7 +74,7 @@ def gradient_launch(
         tile = _interpreted_tile(vocabulary)
         return {"GRANULE": granule, "TILE": tile, "COLUMNS": tile, "TRANSFORM": transform}
     warps, loads = GRADIENT_SHAPE[item_bytes]
-    tile = warps * WARP * granule * (loads if transform == "none" else loads // 2)
+    tile = warps * WARP * granule * max(1, loads // TRANSFORMS[transform])
     constants = {"GRANULE": granule, "TILE": tile, "COLUMNS": GRADIENT_COLUMNS, "TRANSFORM": transform}
     return constants | {"num_warps": warps} | OPTIONS
 
@@ -103,7 +104,7 @@ def _sweep(
     if interpreted:
         lanes = max(FEWEST_LANES, _interpreted_tile(vocabulary) // constants["GRANULE"])
         return constants | {"LANES": lanes, "AHEAD": 1}
-    ahead = ahead if transform == "none" else ahead // 2
+    ahead //= TRANSFORMS[transform]
     return constants | {"LANES": warps * WARP, "AHEAD": ahead, "num_warps": warps} | OPTIONS
 
 
