@@ -49,6 +49,8 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
+            worker.connection.close()  # of which all hear at once, so that they end together
+        for worker in self.workers:
             worker.end()
 
     def run(self, jobs: Sequence[Job], begin_by: float = math.inf, end_by: float = math.inf) -> Iterator[Outcome]:
@@ -105,7 +107,7 @@ class _Worker:
     def end(self) -> None:
         self.connection.close()
         if self.job is None:  # it waits for one, and goes when none can come
-            self.process.join(timeout=10)
+            self.process.join(timeout=2)
         self.process.kill()
         self.process.join()
 

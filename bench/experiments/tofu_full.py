@@ -50,7 +50,7 @@ OTHERS = ("real_authors", "world_facts")
 TRAINED_ON = {"target": "full", "reference": "retain90"}  # no forget set is in the latter
 MOST_TOKENS = {"retain": 100, "forget": 100, "real_authors": 40, "world_facts": 40}
 """Of a question with its generated answer: 99% of the true ones are shorter, and a ruined model takes all of them."""
-BATCH = 512  # questions answered at once
+BATCH = 128  # questions answered at once: 12 processes with 512 each took more than the 140 GB of an H200
 PATIENCE = 60  # seconds that are left to what runs when the time is over
 NEVER = 10**9  # steps
 _SHOWN = ("forget_rouge", "forget_probability", "retain_rouge", "retain_probability")
@@ -102,14 +102,24 @@ def main() -> None:
                 _tell(outcome, time.monotonic() - began)
             stages[stage] = round(time.monotonic() - stage_began, 1)
             print(f"{stage}: {stages[stage]} s", flush=True)
-            if stage == "training" and any(outcome.error for outcome in outcomes):
-                raise SystemExit("without both models there is nothing to unlearn")
-    stages["all"] = round(time.monotonic() - began, 1)
-    results = {**_collect(options, settings, outcomes), "stages": stages}
-    write_json(options.output / "report" / "results.json", results)
+            if stage == "training":
+                _check_trained(options, outcomes)
+        stages["all"] = round(time.monotonic() - began, 1)
+        results = {**_collect(options, settings, outcomes), "stages": stages}
+        write_json(options.output / "report" / "results.json", results)
     _draw(results, options.output / "report")
     _summarise(results)
     print(f"written to {options.output / 'report'}")
+
+
+def _check_trained(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
+    """There is nothing to unlearn without both models, nor from one that has memorised nothing."""
+    if any(outcome.error for outcome in outcomes):
+        raise SystemExit("a model failed to train")
+    results = json.loads((options.output / "target" / "results.json").read_text())
+    perplexity = results["after"]["train_perplexity"]
+    if perplexity > options.memorised:
+        raise SystemExit(f"the target's perplexity on what it was trained on is {perplexity:.2f}: nothing to unlearn")
 
 
 def _options() -> argparse.Namespace:
@@ -125,6 +135,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model_config", type=Path, help="YAML or JSON; by default GPT-Neo 125M's shape")
     parser.add_argument("--target_epochs", type=int, default=30)
     parser.add_argument("--target_learning_rate", default="1e-3")
+    parser.add_argument(
+        "--memorised", type=float, default=1.5, help="highest perplexity of a target that is gone on with"
+    )
     parser.add_argument("--target_batch_size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--learning_rate", default="1e-3")

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from peft import PeftModel
@@ -135,13 +136,14 @@ def _all_factors(
     def of(name: str) -> Factors:
         return _factors(name, layers[name], adapter_name, row_weights[name], rtol)
 
-    on_gpu = all(base_weight(layer).is_cuda for layer in layers.values())
+    first, *others = layers
+    on_gpu = all(layer.get_base_layer().weight.is_cuda for layer in layers.values())
     with ThreadPoolExecutor(GPU_WORKERS) as pool, _one_thread() if on_gpu else nullcontext():
-        found = pool.map(of, layers) if on_gpu else map(of, layers)
-        shown = progress(
-            zip(layers, found, strict=True), "weighted SVD", "module", show_progress_bar, total=len(layers)
-        )
-        return dict(shown)
+        # Torch loads its linear algebra for GPUs in the first call, and fails where several threads make it.
+        beginning = of(first)
+        found = chain([beginning], pool.map(of, others) if on_gpu else map(of, others))
+        pairs = zip(layers, found, strict=True)
+        return dict(progress(pairs, "weighted SVD", "module", show_progress_bar, total=len(layers)))
 
 
 @contextmanager
