@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.harness import Measurement
-from loku.provenance import commit, hardware, versions
+from loku.provenance import commit, driver, hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("loku-kernels", "torch", "triton", "liger-kernel", "cut-cross-entropy")
@@ -46,6 +46,7 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         results = {
             "hardware": hardware(),
+            "driver": driver(),
             "threads": torch.get_num_threads(),
             "versions": versions(PACKAGES),
             "commit": commit(),

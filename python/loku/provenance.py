@@ -23,6 +23,13 @@ def hardware() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
+def driver() -> str | None:
+    """The version of the NVIDIA driver, where there is one that says so."""
+    file = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", file.read_text()) if file.exists() else None
+    return found and found[0]
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Python's version and those of the packages that are installed."""
     found = {"python": platform.python_version()}

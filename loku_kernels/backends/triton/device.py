@@ -126,9 +126,9 @@ def tanh(x):
     return tl.where(x < 0, -magnitude, magnitude)
 
 
-# The sweep. A lane takes one granule of a tile at a time, and keeps the largest logit m it has met, the place best at
-# which the granule with it starts, and R = sum of exp(z - m) over all it met. Comparing whole
-# granules costs a fraction of an instruction a logit, and a sweep of half-precision logits is limited by instructions.
+# The sweep. A lane takes one granule of a tile at a time, and keeps the largest logit m it has met, the position best
+# at which the granule with it starts, and R = sum of exp(z - m) over all it met. Comparing whole granules costs a
+# fraction of an instruction a logit, and a sweep of half-precision logits is limited by instructions.
 #
 # The runner-up's own 1 must not stay in R, where it would leave no digits of what is small beside it. Only one lane has
 # met it: at the end, that lane's logits are summed anew without it.
@@ -252,12 +252,8 @@ def row_statistics(
         )
         index = head + position
         rest += alone
-    return (
-        z_target,
-        rest,
-        runner_up,
-        tl.where(runner_up == float("-inf"), (target == 0).to(tl.int32), index),
-    )
+    nothing_met = (runner_up == float("-inf")) | (index == NO_COLUMN)
+    return z_target, rest, runner_up, tl.where(nothing_met, (target == 0).to(tl.int32), index)
 
 
 # The gradient. Elementwise, so a tile's loads are independent and one tile holds as many as should be in flight. The
