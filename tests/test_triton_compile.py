@@ -72,6 +72,8 @@ def test_what_an_outer_loop_does_between_inner_ones_is_no_fault(tool):
     inner = ".L_x_7:\n        /*0010*/  LDG.E.128 R4, [R2] ;\n        /*0020*/  @P0 BRA `(.L_x_7) ;\n"
     outer = f".L_x_6:\n        /*0000*/  LDG.E R1, [R2] ;\n{inner}        /*0030*/  @P1 BRA `(.L_x_6) ;\n"
     assert [line.strip() for line in tool.instructions_in_loops(outer)] == ["LDG.E.128 R4, [R2]", "@P0 BRA `(.L_x_7)"]
+    waiting = outer.replace("LDG.E.128 R4, [R2]", "SYNCS.PHASECHK")
+    assert "LDG.E R1, [R2]" in [line.strip() for line in tool.instructions_in_loops(waiting)]
 
 
 def test_scalars_beside_copies_of_tiles_are_no_fault(tool):

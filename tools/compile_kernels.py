@@ -43,6 +43,7 @@ LOAD = re.compile(r"\bLDG\.[A-Z0-9_.]*")
 LOAD_TO_SHARED = re.compile(r"\bLDGSTS\.[A-Z0-9_.]*")
 STORE = re.compile(r"\bSTG\.[A-Z0-9_.]*")
 MATRIX_PRODUCT = re.compile(r"\b(?:HMMA|HGMMA|UTCHMMA)[A-Za-z0-9_.]*")
+WORK = re.compile("|".join(pattern.pattern for pattern in (LOAD, LOAD_TO_SHARED, STORE, MATRIX_PRODUCT)))
 SPILL = re.compile(r"\b(?:LDL|STL)\b")
 
 
@@ -109,7 +110,10 @@ def read_report(usage: str, sass: str) -> Report:
 
 
 def instructions_in_loops(sass: str) -> Iterator[str]:
-    """The instructions between a label and the last branch back to it, of loops that hold no other loop."""
+    """The instructions between a label and the last branch back to it, of loops that hold no other loop.
+
+    Loops that only wait, for a barrier say, do not count as loops.
+    """
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops: dict[int, int] = {}
@@ -121,8 +125,9 @@ def instructions_in_loops(sass: str) -> Iterator[str]:
             branch = BRANCH.search(instruction[1])
             if branch and branch[1] in labels:
                 loops[labels[branch[1]]] = len(instructions)
-    for start, end in sorted(loops.items()):
-        if not any(start < other < end for other in loops):
+    working = {start: end for start, end in loops.items() if any(map(WORK.search, instructions[start:end]))}
+    for start, end in sorted(working.items()):
+        if not any(start < inner and inner_end <= end for inner, inner_end in working.items()):
             yield from instructions[start:end]
 
 
