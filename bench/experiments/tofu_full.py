@@ -134,7 +134,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model_config", type=Path, help="YAML or JSON; by default GPT-Neo 125M's shape")
     parser.add_argument("--target_epochs", type=int, default=30)
-    parser.add_argument("--target_learning_rate", default="1e-3")
+    parser.add_argument("--target_learning_rate", default="5e-4")  # at 1e-3 it stayed at a perplexity of 139
     parser.add_argument(
         "--memorised", type=float, default=1.5, help="highest perplexity of a target that is gone on with"
     )
