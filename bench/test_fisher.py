@@ -58,10 +58,7 @@ class Problem:
 
 
 def bare_gemms(p: Problem) -> list[Candidate]:
-    """The products alone, by each route that torch has, into one buffer where the route can.
-
-    On a GPU one product of all tokens, whatever their sequences, and what memory must do for fisher.
-    """
+    """The products alone, by each route that torch has, into one buffer where the route can."""
     product = torch.empty(p.fisher.shape, dtype=p.inputs.dtype, device=p.fisher.device)
 
     def by_mm():
@@ -77,15 +74,19 @@ def bare_gemms(p: Problem) -> list[Candidate]:
         for d, a in zip(p.grad_outputs.float().split(p.lengths), p.inputs.float().split(p.lengths), strict=True):
             torch.mm(d.T, a, out=wide)
 
-    if p.inputs.is_cuda:
-        whole = Candidate(WHOLE, "limit", lambda: torch.mm(p.grad_outputs.T, p.inputs, out=product))
-        return [whole, Candidate(READ_AND_WRITE, "limit", lambda: p.fisher.mul_(1.0))]
     routes = [Candidate("bare GEMMs, torch.mm", "limit", by_mm)]
     if gemm.is_widened(p.inputs):
         routes.append(Candidate("bare GEMMs, cast to float32", "limit", in_float32))
     if p.inputs.device.type == "cpu" and p.inputs.dtype == torch.float32:
         routes.append(Candidate("bare GEMMs, oneDNN", "limit", by_onednn))
     return routes
+
+
+def gpu_limits(p: Problem) -> list[Candidate]:
+    """One product of all tokens, whatever their sequences, and what memory must do for fisher."""
+    product = torch.empty(p.fisher.shape, dtype=p.inputs.dtype, device=p.fisher.device)
+    whole = Candidate(WHOLE, "limit", lambda: torch.mm(p.grad_outputs.T, p.inputs, out=product))
+    return [whole, Candidate(READ_AND_WRITE, "limit", lambda: p.fisher.mul_(1.0))]
 
 
 def loops(p: Problem) -> list[Candidate]:
@@ -165,22 +166,22 @@ def test_layer(bench, layer, batch, dtype):
     p = Problem(*layer, BATCHES[batch], dtype, bench.device)
     p.check()
     workload = f"fisher, {batch}, {layer[0]} x {layer[1]} {str(dtype)[6:]}"
-    limits = bare_gemms(p)
+    on_gpu = bench.device.type == "cuda"
+    limits = gpu_limits(p) if on_gpu else bare_gemms(p)
     candidates = [Candidate("fisher_accumulate", "ours", p.accumulate), *limits, *loops(p)]
     candidates += per_sample_gradients(bench, p)
-    found = bench.measure(workload, candidates, work=p.flops, unit="GFLOP/s", limit=sum if p.inputs.is_cuda else min)
+    found = bench.measure(workload, candidates, work=p.flops, unit="GFLOP/s", limit=sum if on_gpu else min)
     times = {name: m.median_ms for name, m in found.items()}
     ours = times["fisher_accumulate"]
-    if p.inputs.is_cuda:
+    if on_gpu:
         ratio = (ours - times[READ_AND_WRITE]) / times[WHOLE]
         bench.target(workload, "ours without reading and writing fisher / bare GEMM", ratio, 1.3)
         return
     bench.target(workload, "ours / fastest bare GEMMs", ours / min(times[c.name] for c in limits), 1.1)
     if dtype == torch.float32 and layer == (4096, 4096):
         bench.target(workload, "mm and addcmul_ / ours", times["mm and addcmul_"] / ours, 2.0, at_least=True)
-    if bench.device.type == "cpu":
-        per_thread = found["fisher_accumulate"].peak_mib / torch.get_num_threads()
-        bench.target(workload, "peak memory per thread, MiB", per_thread, 1.5)
+    per_thread = found["fisher_accumulate"].peak_mib / torch.get_num_threads()
+    bench.target(workload, "peak memory per thread, MiB", per_thread, 1.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

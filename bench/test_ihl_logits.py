@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,12 @@ class Truth:
         assert error < (1e-3 if gradient.dtype == torch.float32 else 1.0)
 
 
+def kernel_call(name: str, logits: Tensor, labels: Tensor) -> Callable[[], Any]:
+    """A call of the backend's kernel for IHL, without the operator around it."""
+    kernel, (ihl, ce) = getattr(select(logits), name), (torch.full_like(labels, w, dtype=torch.float32) for w in (1, 0))
+    return lambda: kernel(logits[None], labels, ihl, ce, ignore_index=-100, scale=1.0, softcap=0.0)
+
+
 def probes(logits: Tensor) -> list[Candidate]:
     """The limits of the machine: reading the logits once, and forming as many exponentials from cache."""
     if logits.device.type == "cpu" and (instruction_sets := cpp.instruction_sets()):
@@ -79,16 +86,12 @@ def test_loss(bench, shape, dtype):
     truth = Truth(logits, labels)
     workload = f"loss, {shape[0]} x {shape[1]} {str(dtype)[6:]}"
 
-    one, zero = (torch.full(shape[:1], value, device=bench.device) for value in (1.0, 0.0))
-    kernels = select(logits)
-    settings = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
-
     def peer(name: str, loss: Callable[[Tensor, Tensor], Tensor], every: int) -> Candidate:
         return Candidate(name, "peer", lambda: loss(logits, labels), every)
 
     candidates = [
         Candidate("fused_ihl", "ours", lambda: fused_ihl(logits, labels), check=truth.check_loss),
-        Candidate("its kernel", "ours", lambda: kernels.row_losses(logits[None], labels, one, zero, **settings)),
+        Candidate("its kernel", "ours", kernel_call("row_losses", logits, labels)),
         *probes(logits),
         peer("torch eager", eager_ihl, SLOW),
         peer("torch.compile", compiled(eager_ihl), SLOW),
@@ -109,9 +112,6 @@ def test_loss_and_gradient(bench, shape, dtype):
     truth = Truth(logits, labels)
     z, spare, scaled = leaf(logits), logits.clone(), logits.clone()
     overwritten = leaf(spare)
-    one, zero = (torch.full(shape[:1], value, device=bench.device) for value in (1.0, 0.0))
-    kernels = select(logits)
-    settings = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
 
     def restore() -> None:
         spare.copy_(logits)
@@ -132,7 +132,7 @@ def test_loss_and_gradient(bench, shape, dtype):
         Candidate(
             "the chunk kernel, in place",
             "ours",
-            lambda: kernels.row_losses_and_gradient_(spare[None], labels, one, zero, **settings),
+            kernel_call("row_losses_and_gradient_", spare, labels),
             prepare=restore,
         ),
         Candidate("scaling the logits in place", "limit", lambda: scaled.mul_(1.0)),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-VOCABULARIES = [2, 3, 31, 1000, 32000, 50257, 51200, 128256]
+VOCABULARIES = [2, 3, 31, 1000, 32000, 50257, 51200, 128256, 262144]
 
 
 def eager_ihl(logits: Tensor, labels: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from bench.experiments.pool import Job, Outcome, Pool
 from bench.experiments.runs import command, gpt2_tokenizer
+from bench.experiments.tdec import MODEL as SMALL_MODEL
+from bench.experiments.tofu import OTHERS
 from loku.evaluation import TofuLog, aggregate_tofu, evaluate_tofu, read_log, write_log
 from loku.evaluation.tofu import SOURCES
 from loku.files import read_json_lines, write_json, write_json_lines
@@ -46,7 +48,6 @@ from loku.report.style import FAINT, colour, marker, style
 from loku.training.methods import METHODS
 
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
-OTHERS = ("real_authors", "world_facts")
 TRAINED_ON = {"target": "full", "reference": "retain90"}  # no forget set is in the latter
 MOST_TOKENS = {"retain": 100, "forget": 100, "real_authors": 40, "world_facts": 40}
 """Of a question with its generated answer: 99% of the true ones are shorter, and a ruined model takes all of them."""
@@ -54,17 +55,11 @@ BATCH = 128  # questions answered at once: 12 processes with 512 each took more 
 PATIENCE = 60  # seconds that are left to what runs when the time is over
 NEVER = 10**9  # steps
 _SHOWN = ("forget_rouge", "forget_probability", "retain_rouge", "retain_probability")
-MODEL = {
-    "model_type": "gpt_neo",
+MODEL = SMALL_MODEL | {
     "hidden_size": 768,
     "num_layers": 12,
     "num_heads": 12,
     "attention_types": [[["global", "local"], 6]],
-    "max_position_embeddings": 256,
-    "window_size": 256,
-    "embed_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "resid_dropout": 0.0,
 }
 
 
