@@ -29,7 +29,7 @@ _WIDENED_MIN_ROWS = 64
 # cuBLAS multiplies matrices slowly whose rows do not start at multiples of 16 bytes, as those of 50257 logits do not.
 _CUDA_ROW_BYTES = 16
 # Floats in the widened blocks of one step: small beside a chunk of logits, large enough for the product's full speed.
-_WIDENED_ELEMENTS = 4 << 20
+_WIDENED_ELEMENTS = 3 << 20
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -65,8 +65,8 @@ def add_outer_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a.t(), b, out_dtype=total.dtype)
     else:
         wide = b.to(total.dtype)
-        for block in _blocks(a.shape[1], sum(a.shape)):
-            total[block].addmm_(a[:, block].t().to(total.dtype), wide)
+        for block, (columns,) in _in_float32(a.t(), beside=b.shape[1]):
+            total[block].addmm_(columns, wide)
 
 
 def is_widened(a: Tensor) -> bool:
@@ -80,22 +80,31 @@ def is_widened(a: Tensor) -> bool:
 def _linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     wide = inputs.float()
     out = inputs.new_empty(inputs.shape[0], weight.shape[0]) if out is None else out
-    for block in _blocks(weight.shape[0], sum(inputs.shape)):
-        out[:, block] = linear(wide, weight[block].float(), None if bias is None else bias[block].float())
+    for block, (wide_weight,) in _in_float32(weight, beside=len(inputs)):
+        out[:, block] = linear(wide, wide_weight, None if bias is None else bias[block].float())
     return out
 
 
 def _mm_in_float32(a: Tensor, b: Tensor) -> Tensor:
     total = torch.zeros(a.shape[0], b.shape[1])
-    for block in _blocks(a.shape[1], a.shape[0] + b.shape[1]):
-        total.addmm_(a[:, block].float(), b[block].float())
+    for _, (columns, rows) in _in_float32(a.t(), b):
+        total.addmm_(columns.t(), rows)
     return total.to(a.dtype)
 
 
-def _blocks(length: int, elements: int) -> Iterator[slice]:
-    """Slices of range(length), for each index of which ``elements`` numbers are widened."""
-    step = max(1, _WIDENED_ELEMENTS // max(1, elements))
-    return (slice(start, start + step) for start in range(0, length, step))
+def _in_float32(*matrices: Tensor, beside: int = 0) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The rows of matrices of one height, a block at a time, widened into memory that the next block is written over.
+
+    ``beside``: floats that the caller holds for each row. Fresh memory for every block would tear the C library's heap
+    into holes, by half as much as is in use.
+    """
+    height = len(matrices[0])
+    width = beside + sum(matrix.shape[1] for matrix in matrices)
+    step = min(height, max(1, _WIDENED_ELEMENTS // max(1, width)))
+    wide = [torch.empty_like(matrix[:step], dtype=torch.float32) for matrix in matrices]
+    for start in range(0, height, step):
+        block = slice(start, min(start + step, height))
+        yield block, [to[: block.stop - start].copy_(matrix[block]) for to, matrix in zip(wide, matrices, strict=True)]
 
 
 def _onednn_serves(a: Tensor, b: Tensor) -> bool:
