@@ -45,11 +45,16 @@ kernels = CppExtension(
 )
 
 setup(
-    packages=[*find_packages(include=["loku_kernels", "loku_kernels.*"]), *find_packages("python")],
+    packages=[
+        *find_packages(include=["loku_kernels", "loku_kernels.*"]),
+        *find_packages("python"),
+        "loku.cli.presets",
+    ],
     package_dir={"": ".", "loku_kernels": "loku_kernels", "loku": "python/loku"},
     package_data={
         "loku_kernels": ["py.typed"],
-        "loku": ["py.typed", "cli/presets/*.yaml", "demo/people.yaml", "report/*.j2"],
+        "loku.cli.presets": ["*.yaml"],
+        "loku": ["py.typed", "demo/people.yaml", "report/*.j2"],
     },
     ext_modules=[kernels],
     cmdclass={"build_ext": OptionalBuildExtension},

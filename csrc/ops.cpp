@@ -117,6 +117,24 @@ int64_t first_invalid_label(Tensor labels, int64_t vocabulary, int64_t ignore_in
   return -1;
 }
 
+// value = factor * the sum of losses; factor: 1 or, for a mean, the inverse of how many labels count.
+void reduce_losses(Tensor losses, Tensor labels, Tensor value, Tensor factor, int64_t ignore_index, bool mean) {
+  const int64_t rows = labels.numel();
+  const int64_t* label = integers(labels, rows);
+  const PerRow loss = per_row(losses, rows);
+  double sum = 0.0;
+  int64_t counted = 0;
+  for (int64_t n = 0; n < rows; ++n) {
+    sum += loss[n];
+    counted += label[n] != ignore_index;
+  }
+  const double share = mean ? 1.0 / static_cast<double>(std::max<int64_t>(1, counted)) : 1.0;
+  STD_TORCH_CHECK(value.scalar_type() == ScalarType::Float && value.numel() == 1, "value must be one float32");
+  STD_TORCH_CHECK(factor.scalar_type() == ScalarType::Float && factor.numel() == 1, "factor must be one float32");
+  *static_cast<float*>(value.data_ptr()) = static_cast<float>(sum * share);
+  *static_cast<float*>(factor.data_ptr()) = static_cast<float>(share);
+}
+
 bool supports(int64_t instruction_set) { return is_supported(static_cast<InstructionSet>(instruction_set)); }
 
 }  // namespace
@@ -134,6 +152,9 @@ STABLE_TORCH_LIBRARY(loku_kernels_cpp, library) {
   library.def(
       "row_gradient(Tensor logits, Tensor labels, Tensor index, Tensor coefficients, Tensor upstream, Tensor(a!) out, "
       "int ignore_index, float scale, float softcap, int instruction_set) -> ()");
+  library.def(
+      "reduce_losses(Tensor losses, Tensor labels, Tensor(a!) value, Tensor(b!) factor, int ignore_index, bool mean) -> "
+      "()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(loku_kernels_cpp, CompositeExplicitAutograd, library) {
@@ -145,4 +166,5 @@ STABLE_TORCH_LIBRARY_IMPL(loku_kernels_cpp, CPU, library) {
   library.impl("row_losses", TORCH_BOX(&loku::row_losses));
   library.impl("row_losses_and_gradient_", TORCH_BOX(&loku::row_losses_and_gradient_));
   library.impl("row_gradient", TORCH_BOX(&loku::row_gradient));
+  library.impl("reduce_losses", TORCH_BOX(&loku::reduce_losses));
 }

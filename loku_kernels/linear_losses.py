@@ -8,7 +8,7 @@ from torch import Tensor
 from loku_kernels import _validation as check
 from loku_kernels import ops
 from loku_kernels.backends.reference import compute_dtype
-from loku_kernels.results import RowStatistics, TargetStatistics, normalizer, row_statistics
+from loku_kernels.results import RowStatistics, TargetStatistics, loss_of, operator_reduction, row_statistics
 
 
 def fused_linear_ihl(
@@ -139,7 +139,7 @@ def fused_linear_unlearning_loss(
     softcap = check.check_transform(logit_scale, logit_softcap)
     dtype = compute_dtype(hidden.dtype)
     flat = check.flat_labels(labels, ignore_index, shift_labels)
-    total, loss, table, index, *_ = ops.linear_unlearning_loss(
+    value, _, table, index, *_ = ops.linear_unlearning_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -150,16 +150,12 @@ def fused_linear_unlearning_loss(
         ignore_index,
         logit_scale,
         softcap,
+        operator_reduction(reduction, num_items_in_batch),
         chunk_bytes,
         *_gradients_known_in_forward(hidden, weight, bias, reduction),
     )
-    if reduction == "none":
-        result = loss.reshape(labels.shape)
-    elif reduction == "sum":
-        result = total
-    else:
-        result = total / normalizer(flat, ignore_index, num_items_in_batch)
-    return (result, row_statistics(table, index, flat, labels.shape)) if return_statistics else result
+    loss = loss_of(value, labels.shape, num_items_in_batch)
+    return (loss, row_statistics(table, index, flat, labels.shape)) if return_statistics else loss
 
 
 def linear_target_statistics(

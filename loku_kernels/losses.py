@@ -7,7 +7,7 @@ from torch import Tensor
 from loku_kernels import _validation as check
 from loku_kernels import ops
 from loku_kernels.backends.reference import compute_dtype
-from loku_kernels.results import RowStatistics, TargetStatistics, normalizer, row_statistics
+from loku_kernels.results import RowStatistics, TargetStatistics, loss_of, operator_reduction, row_statistics
 
 
 def fused_ihl(
@@ -141,7 +141,7 @@ def fused_unlearning_loss(
         )
     dtype = compute_dtype(logits.dtype)
     flat = check.flat_labels(labels, ignore_index, shift_labels)
-    loss, table, index = ops.unlearning_loss(
+    value, _, table, index = ops.unlearning_loss(
         _three_dimensional(logits),
         flat,
         check.row_weights("ihl_weight", ihl_weight, labels, dtype),
@@ -149,11 +149,10 @@ def fused_unlearning_loss(
         ignore_index,
         logit_scale,
         softcap,
+        operator_reduction(reduction, num_items_in_batch),
         inplace,
     )
-    loss = loss.reshape(labels.shape) if reduction == "none" else loss.sum()
-    if reduction == "mean":
-        loss = loss / normalizer(flat, ignore_index, num_items_in_batch)
+    loss = loss_of(value, labels.shape, num_items_in_batch)
     return (loss, row_statistics(table, index, flat, labels.shape)) if return_statistics else loss
 
 

@@ -62,8 +62,13 @@ def row_statistics(table: Tensor, index: Tensor, labels: Tensor, shape: torch.Si
     )
 
 
-def normalizer(labels: Tensor, ignore_index: int, num_items_in_batch: float | Tensor | None) -> float | Tensor:
-    """The divisor of a mean: the caller's, or the number of labels that count; 1 where none does, so 0 / 1 is 0."""
+def operator_reduction(reduction: str, num_items_in_batch: float | Tensor | None) -> str:
+    """What to ask of an operator: the sum where the mean's divisor is the caller's."""
+    return reduction if num_items_in_batch is None else "sum"
+
+
+def loss_of(value: Tensor, shape: torch.Size, num_items_in_batch: float | Tensor | None) -> Tensor:
+    """The loss as the caller wants it, in the labels' ``shape`` if it is that of every row."""
     if num_items_in_batch is not None:
-        return num_items_in_batch
-    return (labels != ignore_index).sum().clamp(min=1)
+        return value / num_items_in_batch
+    return value.reshape(shape) if value.dim() else value

@@ -63,7 +63,9 @@ def test_opcheck_from_logits(backend, device, dtype):
     table = torch.rand(7, 5, device=device)
     index = torch.tensor([3, -1, 4, 5, 6], device=device)
     one = torch.ones(5, device=device)
-    torch.library.opcheck(ops.unlearning_loss, (z, labels, ihl_weight, ce_weight, -100, 1.0, 0.0, False))
+    for reduction in ("none", "sum", "mean"):
+        arguments = (z, labels, ihl_weight, ce_weight, -100, 1.0, 0.0, reduction, False)
+        torch.library.opcheck(ops.unlearning_loss, arguments)
     torch.library.opcheck(ops.target_statistics, (z, labels, -100, 1.0, 30.0))
     torch.library.opcheck(logits.row_gradient, (z.detach(), labels, index, table[3:], one, -100, 1.0, 0.0))
     torch.library.opcheck(logits.row_gradient_, (z.detach(), labels, index, table[3:], one, -100, 1.0, 0.0))
@@ -79,9 +81,9 @@ def test_opcheck_from_hidden_states(backend, device, dtype, trained):
     rows = torch.tensor([0, 2, 3, 4], device=device)
     settings = (-100, 1.0, 0.0, 17 * 8)
     needed = (True, trained, trained)
-    torch.library.opcheck(
-        ops.linear_unlearning_loss, (h, w, b, labels, ihl_weight, ce_weight, rows, *settings, *needed)
-    )
+    for reduction in ("sum", "mean"):
+        arguments = (h, w, b, labels, ihl_weight, ce_weight, rows, -100, 1.0, 0.0, reduction, 17 * 8, *needed)
+        torch.library.opcheck(ops.linear_unlearning_loss, arguments)
     torch.library.opcheck(ops.linear_target_statistics, (h, w, b, labels, rows, *settings))
     frozen = [x if x is None else x.detach() for x in (h, w, b)]
     index = torch.tensor([3, -1, 4, 5, 6], device=device)

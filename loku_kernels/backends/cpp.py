@@ -121,6 +121,12 @@ class CppBackend:
         )
         return rows, index
 
+    def reduce_losses(self, losses: Tensor, labels: Tensor, *, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor]:
+        """As ``reference.reduce_losses``; summed in float64."""
+        value, factor = losses.new_empty(()), losses.new_empty(())
+        torch.ops.loku_kernels_cpp.reduce_losses(losses, labels, value, factor, ignore_index, mean)
+        return value, factor
+
     def fisher_accumulate(
         self, fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, offsets: Tensor, weights: Tensor
     ) -> None:

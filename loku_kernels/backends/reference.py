@@ -98,6 +98,17 @@ def row_losses_and_gradient_(
     return rows, index
 
 
+def reduce_losses(losses: Tensor, labels: Tensor, *, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor]:
+    """The sum of (N,) losses, or their mean over the labels that count, and the factor that the sum was multiplied by.
+
+    Where no label counts the factor is 1, so that the mean is 0.
+    """
+    if not mean:
+        return losses.sum(), losses.new_ones(())
+    counted = (labels != ignore_index).sum().clamp(min=1)
+    return losses.sum() / counted, counted.to(losses.dtype).reciprocal()
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums are formed and statistics returned: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

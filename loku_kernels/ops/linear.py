@@ -17,7 +17,15 @@ from loku_kernels import gemm, launch, memory
 from loku_kernels.backends import formulas, select
 from loku_kernels.backends.reference import compute_dtype
 from loku_kernels.ops._operator import operator, refuse_gradient
-from loku_kernels.ops.logits import check_labels, empty_table, split_statistics, statistics_coefficients
+from loku_kernels.ops.logits import (
+    check_labels,
+    empty_reduced,
+    empty_table,
+    reduced,
+    split_statistics,
+    statistics_coefficients,
+    upstream_of_losses,
+)
 
 _Rows = slice | Tensor
 
@@ -59,12 +67,13 @@ def linear_unlearning_loss(
     ignore_index: int,
     scale: float,
     softcap: float,
+    reduction: str,
     chunk_bytes: int | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the losses, loss of every row, table, index, and the gradients of the sum that are asked for.
+    """The losses and a row's factor, as ``reduced``, table, index, and the gradients of the sum that are asked for.
 
     ``hidden`` is (N, D), ``weight`` (V, D), ``rows`` the indices of the rows that count, or None where labels tell.
     """
@@ -86,35 +95,48 @@ def linear_unlearning_loss(
         )
         gradients.add(chunk, hidden_chunk, weight, logits)
         del logits  # or there would be two chunks of them while the next is made
-    loss = table[formulas.LOSS].clone()
-    return loss.sum(), loss, table, index, *gradients.of_vocabulary(vocabulary)
+    value, factor = reduced(backend, table, labels, ignore_index, reduction)
+    return value, factor, table, index, *gradients.of_vocabulary(vocabulary)
 
 
 @torch.library.register_fake(linear_unlearning_loss.name())
-def _(hidden, weight, bias, labels, ihl_weight, ce_weight, rows, ignore_index, scale, softcap, chunk_bytes, *needed):
+def _(
+    hidden,
+    weight,
+    bias,
+    labels,
+    ihl_weight,
+    ce_weight,
+    rows,
+    ignore_index,
+    scale,
+    softcap,
+    reduction,
+    chunk_bytes,
+    *needed,
+):
     table, index = empty_table(hidden, labels)
     gradients = _Gradients(hidden, weight, needed)
-    total, loss = table.new_empty(()), table.new_empty(labels.shape)
-    return total, loss, table, index, gradients.hidden, gradients.weight, gradients.bias
+    return *empty_reduced(table, reduction), table, index, gradients.hidden, gradients.weight, gradients.bias
 
 
 def _save_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, labels, _, _, rows, *ctx.settings, need_hidden, need_weight, need_bias = inputs
-    _, _, table, index, *gradients = output
-    ctx.computed = need_hidden, need_weight, need_bias
-    ctx.mark_non_differentiable(table, index, *gradients)
+    hidden, weight, bias, labels, _, _, rows, *ctx.transform, ctx.reduction, ctx.chunk_bytes = inputs[:-3]
+    _, factor, table, index, *gradients = output
+    ctx.computed = inputs[-3:]
+    ctx.mark_non_differentiable(factor, table, index, *gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, rows, table, index, *gradients)
+    ctx.save_for_backward(hidden, weight, bias, labels, rows, factor, table, index, *gradients)
 
 
-def _backward_loss(ctx: Any, grad_total: Tensor | None, grad_loss: Tensor | None, *_: None) -> tuple:
-    hidden, weight, bias, labels, rows, table, index, *gradients = ctx.saved_tensors
+def _backward_loss(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple:
+    if grad_value is None:
+        return (None,) * 15
+    hidden, weight, bias, labels, rows, factor, table, index, *gradients = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
     computed = all(have or not want for have, want in zip(ctx.computed, needed, strict=True))
-    if grad_total is None and grad_loss is None:
-        return (None,) * 14
-    upstream = sum(grad for grad in (grad_total, grad_loss) if grad is not None)
-    if computed and grad_loss is None:
+    upstream = upstream_of_losses(grad_value, factor, ctx.reduction)
+    if computed and ctx.reduction != "none":
         gradients = [gradient * upstream for gradient in gradients]
     elif computed and not any(needed[1:]):
         # A row of the hidden states' gradient depends on that row's loss alone.
@@ -129,7 +151,8 @@ def _backward_loss(ctx: Any, grad_total: Tensor | None, grad_loss: Tensor | None
             table[formulas.COEFFICIENTS],
             upstream.expand(labels.shape),
             rows,
-            *ctx.settings,
+            *ctx.transform,
+            ctx.chunk_bytes,
             *needed,
         )
     return _in_dtype_of((hidden, weight, bias), gradients, needed)
@@ -152,7 +175,7 @@ def linear_target_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Per row: target logit, runner-up logit, logsumexp of the rest, index of the runner-up, and the full table."""
     zero = torch.zeros((), dtype=compute_dtype(hidden.dtype), device=hidden.device).expand(labels.shape)
-    settings = ignore_index, scale, softcap, chunk_bytes
+    settings = ignore_index, scale, softcap, "none", chunk_bytes
     _, _, table, index, *_ = linear_unlearning_loss(
         hidden, weight, bias, labels, zero, zero, rows, *settings, False, False, False
     )
@@ -259,7 +282,7 @@ def _in_dtype_of(inputs: tuple[Tensor | None, ...], gradients: Sequence[Tensor],
         gradient.to(like.dtype) if wanted else None
         for like, gradient, wanted in zip(inputs, gradients, needed, strict=True)
     )
-    return *found, *[None] * 11
+    return *found, *[None] * 12
 
 
 def _aligned_head(weight: Tensor, bias: Tensor | None) -> tuple[int, Tensor, Tensor | None]:

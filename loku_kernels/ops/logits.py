@@ -22,14 +22,17 @@ def unlearning_loss(
     ignore_index: int,
     scale: float,
     softcap: float,
+    reduction: str,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row of logits (B, T, V): ihl_weight * IHL + ce_weight * CE, the table of statistics, the runner-up's index.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of ihl_weight * IHL + ce_weight * CE of each row of logits (B, T, V): all, their sum or their mean, and the
+    factor of a row in it, as ``reduced``; the table of statistics, and the runner-up's index.
 
     ``inplace`` lets the backward pass write the gradient over the logits.
     """
     check_labels(labels, logits.shape[-1], ignore_index)
-    rows, index = select(logits).row_losses(
+    backend = select(logits)
+    rows, index = backend.row_losses(
         unit_last_stride(logits),
         labels,
         ihl_weight,
@@ -38,34 +41,37 @@ def unlearning_loss(
         scale=scale,
         softcap=softcap,
     )
-    return rows[formulas.LOSS].clone(), rows, index
+    value, factor = reduced(backend, rows, labels, ignore_index, reduction)
+    return value, factor, rows, index
 
 
 @torch.library.register_fake(unlearning_loss.name())
-def _(logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap, inplace):
-    return labels.new_empty(labels.shape, dtype=compute_dtype(logits.dtype)), *empty_table(logits, labels)
+def _(logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap, reduction, inplace):
+    table, index = empty_table(logits, labels)
+    return *empty_reduced(table, reduction), table, index
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, labels, _, _, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.inplace = inputs
-    _, rows, index = output
-    ctx.mark_non_differentiable(rows, index)
+    logits, labels, _, _, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.reduction, ctx.inplace = inputs
+    _, factor, rows, index = output
+    ctx.mark_non_differentiable(factor, rows, index)
     ctx.set_materialize_grads(False)  # or zeros of the table's size would be filled in for it
-    ctx.save_for_backward(logits, labels, index, rows)
+    ctx.save_for_backward(logits, labels, index, factor, rows)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 8
-    logits, labels, index, rows = ctx.saved_tensors
-    arguments = (labels, index, rows[formulas.COEFFICIENTS], grad_loss, ctx.ignore_index, ctx.scale, ctx.softcap)
+def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_value is None:
+        return (None,) * 9
+    logits, labels, index, factor, rows = ctx.saved_tensors
+    upstream = upstream_of_losses(grad_value, factor, ctx.reduction).expand(labels.shape)
+    arguments = (labels, index, rows[formulas.COEFFICIENTS], upstream, ctx.ignore_index, ctx.scale, ctx.softcap)
     if ctx.inplace:
         logits = logits.detach()
         row_gradient_(logits, *arguments)
         gradient = logits
     else:
         gradient = row_gradient(logits, *arguments)
-    return gradient, *[None] * 7
+    return gradient, *[None] * 8
 
 
 torch.library.register_autograd(unlearning_loss.name(), _backward, setup_context=_save)
@@ -173,6 +179,27 @@ def row_gradient_(
 @torch.library.register_fake(row_gradient_.name())
 def _(logits, labels, index, coefficients, upstream, ignore_index, scale, softcap):
     return None
+
+
+def reduced(backend: Any, table: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
+    """What an operator returns of the table's (N,) losses: all of them ("none"), their "sum", or their "mean" over the
+    labels that count; and by what a row's loss was multiplied, or nothing of "none"."""
+    losses = table[formulas.LOSS]
+    if reduction == "none":
+        return losses.clone(), losses.new_empty(0)
+    return backend.reduce_losses(losses, labels, ignore_index=ignore_index, mean=reduction == "mean")
+
+
+def empty_reduced(table: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """What `reduced` returns, uninitialised."""
+    if reduction == "none":
+        return table.new_empty(table.shape[1:]), table.new_empty(0)
+    return table.new_empty(()), table.new_empty(())
+
+
+def upstream_of_losses(grad_value: Tensor, factor: Tensor, reduction: str) -> Tensor:
+    """The gradient of the rows' losses, (N,) or one number, from that of what `reduced` made of them."""
+    return grad_value if reduction == "none" else grad_value * factor
 
 
 def empty_table(like: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

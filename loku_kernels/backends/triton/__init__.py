@@ -8,10 +8,12 @@ from loku_kernels.backends.triton.fisher import fisher_accumulate, fisher_accumu
 from loku_kernels.backends.triton.fused import row_losses_and_gradient_
 from loku_kernels.backends.triton.gradient import row_gradient
 from loku_kernels.backends.triton.losses import row_losses
+from loku_kernels.backends.triton.reduction import reduce_losses
 
 __all__ = [
     "fisher_accumulate",
     "fisher_accumulate_grad",
+    "reduce_losses",
     "row_gradient",
     "row_losses",
     "row_losses_and_gradient_",

@@ -39,6 +39,9 @@ WARPS_AT_WORK = 32
 GRADIENT_COLUMNS = 2048
 GRADIENT_SHAPE = {4: (4, 2), 2: (2, 4)}
 
+# The losses of a batch, some thousands of numbers: as many at a time as a multiprocessor can wait for.
+REDUCTION = {"LANES": 4096, "num_warps": 16} | OPTIONS
+
 LARGEST_INTERPRETED_TILE = 65536  # the interpreter's time goes by operations, not by elements
 
 
