@@ -2,10 +2,10 @@
 
     python -m bench.experiments.tdec --data DATA --output runs/tdec [--seeds 0 1 2] [--methods loku gd ihl gd+fila]
 
-Trains a GPT-Neo of 4 layers x 256 on WikiText-2 and, over and over, the 32 sequences, until the mean MA on them exceeds
-0.9; then unlearns until EL_10 and MA are at or below those of 32 sequences that it never saw, with each
-method and seed at one rank; then compares them. DATA has the folders tdec, wikitext2 and gpt2_tokenizer. Broken off, it
-goes on where it was.
+Trains a GPT-Neo of 4 layers x 256, or the --model_config given, on WikiText-2 and, over and over, the 32 sequences,
+until the mean MA on them exceeds 0.9; then unlearns until EL_10 and MA are at or below those of 32 sequences that it
+never saw, with each method and seed at one rank; then compares them. DATA has the folders tdec, wikitext2 and
+gpt2_tokenizer. Broken off, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+
+import torch
 
 from bench.experiments.runs import command, gpt2_tokenizer, report
 
@@ -39,23 +41,29 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/tdec"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=["loku", "ihl", "gd", "gd+fila"])
+    parser.add_argument("--model_config", type=Path, help="YAML or JSON, instead of the small GPT-Neo")
     parser.add_argument("--target_epochs", type=int, default=5)
+    parser.add_argument("--target_learning_rate", default="1e-3")
     parser.add_argument("--epochs", type=int, default=20, help="most epochs of unlearning")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning_rate", default="1e-3")
     options = parser.parse_args()
 
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "model.json").write_text(json.dumps(MODEL, indent=1))
+    if options.model_config is None:
+        options.model_config = options.output / "model.json"
+        options.model_config.write_text(json.dumps(MODEL, indent=1))
     tokenizer = gpt2_tokenizer(options.data, options.output)
     data = ["--data_dir", options.data, "--max_length", 200]
+    precision = ["--bf16", "true"] if torch.cuda.is_available() else []
     target = options.output / "target"
     command(
         target,
         "finetune",
-        *("--model_config", options.output / "model.json", "--tokenizer", tokenizer),
+        *("--model_config", options.model_config, "--tokenizer", tokenizer),
         *("--train", RETAIN, ALSO_READ, *[FORGET] * REPEATS, "--num_train_epochs", options.target_epochs),
-        *("--per_device_train_batch_size", 8, "--learning_rate", "1e-3", "--lr_scheduler_type", "cosine"),
+        *("--per_device_train_batch_size", 8, "--learning_rate", options.target_learning_rate),
+        *("--lr_scheduler_type", "cosine", *precision),
         *("--save_strategy", "epoch", "--save_total_limit", 1, "--report_to", "none", *data),
     )
     unseen = options.output / "unseen"
@@ -72,7 +80,7 @@ def main() -> None:
                 *("--forget", FORGET, "--retain", RETAIN, "--text", TEXT, "--limit", 32),
                 *("--benchmark", "tdec", "--el_threshold", goal["el_10"], "--ma_threshold", goal["ma"]),
                 *("--rank", options.rank, "--learning_rate", options.learning_rate),
-                *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 8),
+                *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 8, *precision),
                 *("--save_strategy", "epoch", "--save_total_limit", 1, "--report_to", "none", *data),
             )
             runs.append(run)
