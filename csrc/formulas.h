@@ -15,7 +15,9 @@ struct Partials {
 };
 
 inline Partials combine(const Statistics& row, double ihl_weight, double ce_weight) {
-  const double distance = row.target - row.runner_up;
+  // A logit of +inf has overflowed: NaN, as torch's losses give, rather than what is left of the row.
+  const bool is_infinite = row.target == INFINITY || row.runner_up == INFINITY;
+  const double distance = is_infinite ? NAN : row.target - row.runner_up;
   const double smaller = std::exp(-std::fabs(distance));
   const double e_t = distance > 0 ? 1.0 : smaller, e_m = distance > 0 ? smaller : 1.0;
   const double r = row.rest * e_m, total = e_t + e_m + r;

@@ -86,7 +86,7 @@ def _linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None, out:
 
 
 def _mm_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    total = torch.zeros(a.shape[0], b.shape[1])
+    total = a.new_zeros(a.shape[0], b.shape[1], dtype=torch.float32)
     for _, (columns, rows) in _in_float32(a.t(), b):
         total.addmm_(columns.t(), rows)
     return total.to(a.dtype)

@@ -42,7 +42,8 @@ def fused_linear_ihl(
         labels: (...) integers in [0, V), or ``ignore_index``.
         bias: (V,), optional.
         rows: (K,) int64, the indices, each once, into the flattened labels (after any shift) of all rows that count.
-            Rows that are not listed are ignored and never reach the head. On the CPU the labels tell; on a GPU their
+            Rows that are not listed never reach the head, and their loss is 0; a mean still divides by all labels that
+            count. On the CPU the labels tell; on a GPU their
             number could not be known without waiting for the device, so without ``rows`` ignored rows go through the
             GEMMs.
         chunk_bytes: upper bound for one chunk of logits; at least one row is processed at a time. By default 256
@@ -203,7 +204,7 @@ def _check_inputs(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, rows: Tensor | None, chunk_bytes: int | None
 ) -> None:
     check.check_floating(hidden=hidden, weight=weight, bias=bias)
-    if weight.dim() != 2:
+    if weight.dim() != 2 or weight.shape[1] == 0:
         raise ValueError(f"weight must be (vocabulary, hidden size), but has shape {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -213,17 +214,21 @@ def _check_inputs(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), but has shape {tuple(bias.shape)}")
     check.check_labels(labels, hidden.shape[:-1], "hidden")
+    check.check_tensors(rows=rows)
     if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
         raise ValueError(
             f"rows must be a one-dimensional int64 tensor, but is {rows.dtype} of shape {tuple(rows.shape)}"
         )
-    if chunk_bytes is not None and chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes must be positive, but is {chunk_bytes}")
+    if chunk_bytes is not None:
+        check.check_integer("chunk_bytes", chunk_bytes)
+        if chunk_bytes <= 0:
+            raise ValueError(f"chunk_bytes must be positive, but is {chunk_bytes}")
     check.check_same_device(hidden=hidden, weight=weight, bias=bias, labels=labels, rows=rows)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast does to the operands of a linear layer."""
+    check.check_tensors(hidden=tensors[0], weight=tensors[1], bias=tensors[2])
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from loku_kernels import _validation as check
@@ -38,13 +39,15 @@ def fused_ihl(
         reduction: "none" gives the loss of every row, in the labels' shape; "sum" their sum; "mean" the sum divided by
             the number of labels that count, or by ``num_items_in_batch``. If every label is ignored all are 0, with
             zero gradients, where torch's losses give NaN for the mean.
-        num_items_in_batch: the divisor of the mean, as transformers' Trainer passes it under gradient accumulation.
+        num_items_in_batch: the divisor of the mean, as transformers' Trainer passes it under gradient accumulation: a
+            number, or a tensor that holds one. 0, of a batch in which no label counts, gives 0.
         shift_labels: score position i of the last label dimension against label i + 1 (causal language models), without
             copying the logits. The last position is ignored.
         logit_scale, logit_softcap: the loss is that of z = logit_scale * logits, or of
             softcap * tanh(logit_scale * logits / softcap).
         inplace: let the backward pass write the gradient over ``logits``, which then needs no memory of its own. The
-            logits are as they were until then; a second backward pass raises.
+            logits are as they were until then; a second backward pass raises. Where that cannot be checked, under
+            torch.compile and with ``create_graph=True``, the gradient gets memory of its own after all.
         return_statistics: also return a ``RowStatistics``, at no further cost.
 
     Returns:
@@ -54,7 +57,8 @@ def fused_ihl(
     Raises:
         TypeError: a dtype that is not served.
         ValueError: shapes or devices that do not fit, an unknown reduction, or a label outside the vocabulary. On a GPU
-            labels are not checked, as that would wait for the device: there such a row has loss NaN and gradient NaN.
+            labels are not checked, as that would wait for the device: there such a row has loss NaN and gradient NaN,
+            as a row has everywhere that holds NaN or +inf, unless it is ignored.
 
     Memory: a few floats per row; backward, the gradient. On CPUs a large gradient reuses the memory of earlier ones
     that are no longer referred to (``empty_cache`` gives it back).
@@ -126,7 +130,8 @@ def fused_unlearning_loss(
     """Per row, ihl_weight * IHL + ce_weight * CE: forget and retain rows of one batch in one pass.
 
     Args:
-        ihl_weight, ce_weight: a number, or a tensor that broadcasts to the labels' shape, without gradient. A negative
+        ihl_weight, ce_weight: a number, or a tensor that broadcasts to the labels' shape, without gradient; shifted
+            labels keep the weights of the positions that predict them. A negative
             ``ce_weight`` is gradient ascent. Where a weight is 0 its loss is left out, even if infinite. A mean divides
             by the number of labels that count, whatever their weights.
 
@@ -135,10 +140,10 @@ def fused_unlearning_loss(
     labels = _checked_labels(logits, labels)
     check.check_reduction(reduction, num_items_in_batch)
     softcap = check.check_transform(logit_scale, logit_softcap)
-    if inplace and logits.stride(-1) != 1:
-        raise ValueError(
-            f"inplace needs logits whose last dimension has stride 1, but the strides are {logits.stride()}"
-        )
+    if torch.compiler.is_compiling():
+        inplace = False  # the compiler does not see that the backward pass writes over what others may have saved
+    if inplace:
+        check.check_writable(logits)
     dtype = compute_dtype(logits.dtype)
     flat = check.flat_labels(labels, ignore_index, shift_labels)
     value, _, table, index = ops.unlearning_loss(

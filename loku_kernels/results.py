@@ -43,7 +43,8 @@ class TargetStatistics(NamedTuple):
     runner_up_index: Tensor
     """m, the lowest on ties (int64)."""
     rest: Tensor
-    """logsumexp of z_v over v other than t and m; -inf where there is none."""
+    """logsumexp of z_v over v other than t and m; -inf where there is none, or all are some 90 or more below z_m (700
+    in float64), so that exp(z_v - z_m) is 0."""
 
 
 def row_statistics(table: Tensor, index: Tensor, labels: Tensor, shape: torch.Size) -> RowStatistics:
@@ -70,5 +71,5 @@ def operator_reduction(reduction: str, num_items_in_batch: float | Tensor | None
 def loss_of(value: Tensor, shape: torch.Size, num_items_in_batch: float | Tensor | None) -> Tensor:
     """The loss as the caller wants it, in the labels' ``shape`` if it is that of every row."""
     if num_items_in_batch is not None:
-        return value / num_items_in_batch
+        return value / (num_items_in_batch + (num_items_in_batch == 0))  # 0 / 1 where nothing counts
     return value.reshape(shape) if value.dim() else value

@@ -62,6 +62,21 @@ def test_rising_and_falling_rows(backend, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_overflow_is_not_hidden(backend, device, dtype):
+    """A logit of +inf, the target's or another, makes its row NaN as in torch's losses: a loss scaler looks for it."""
+    logits, _ = random_problem(4, 300, dtype, device)
+    logits[0, 5] = logits[1, 200] = logits[3, 7] = INF
+    labels = torch.tensor([5, 5, 5, -100], device=device)
+    z = logits.clone().requires_grad_()
+    for loss in (lk.fused_ihl, lk.fused_cross_entropy):
+        rows = loss(z, labels, reduction="none")
+        (gradient,) = torch.autograd.grad(rows.sum(), z)
+        assert rows.isnan().tolist() == [True, True, False, False]
+        assert gradient.isnan().all(1).tolist() == [True, True, False, False]
+        assert not gradient[2:].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_minus_infinity(backend, device, dtype):
     """Forbidden tokens have probability 0 and gradient 0, be they most of the vocabulary, the target, or all others."""
     logits, _ = random_problem(4, 300, dtype, device)

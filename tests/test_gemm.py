@@ -24,6 +24,17 @@ def test_float32_products_keep_float32_accuracy(monkeypatch, onednn, shape):
     torch.testing.assert_close(gemm.linear(a, b.t(), bias).double(), truth + bias, **bound)
 
 
+def test_widened_products_whatever_the_default_dtype(monkeypatch):
+    monkeypatch.setattr(processor, "multiplies", lambda dtype: False)
+    a, b = torch.randn(3, 50).bfloat16(), torch.randn(50, 7).bfloat16()
+    expected = gemm.mm(a, b)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(gemm.mm(a, b), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("elements", [1, 1000, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(3, 50, 7), (64, 64, 64), (0, 64, 64), (5, 300, 1)])

@@ -124,8 +124,29 @@ def test_compiles_without_a_graph_break(device, name):
         torch.testing.assert_close(results[1], results[0])
 
 
-def test_no_double_backward(device):
-    z = torch.randn(3, 40, device=device, requires_grad=True)
-    (gradient,) = torch.autograd.grad(lk.fused_ihl(z, torch.tensor([1, 2, 3], device=device)), z, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
+def test_compiled_inplace_spares_what_others_have_saved(device):
+    """tanh keeps its result for the backward pass, so it must not be written over; eager torch would raise."""
+    values, labels = torch.randn(3, 40, device=device), torch.tensor([1, 2, 3], device=device)
+    gradients = []
+    for inplace in (False, True):
+        x = values.clone().requires_grad_()
+        torch.compile(lambda x, i=inplace: lk.fused_ihl(x.tanh(), labels, inplace=i), fullgraph=True)(x).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+TWICE = {
+    "logits": lambda x, w, labels: lk.fused_ihl(x @ w.t(), labels),
+    "inplace": lambda x, w, labels: lk.fused_ihl(x @ w.t(), labels, inplace=True),
+    "hidden": lambda x, w, labels: lk.fused_linear_ihl(x, w, labels),
+    "hidden rows": lambda x, w, labels: lk.fused_linear_ihl(x, w, labels, reduction="none").sum(),
+    "statistics": lambda x, w, labels: lk.linear_target_statistics(x, w, labels).rest.sum(),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_no_double_backward(device, name):
+    x, w = torch.randn(3, 8, device=device, requires_grad=True), torch.randn(40, 8, device=device)
+    (gradient,) = torch.autograd.grad(TWICE[name](x, w, torch.tensor([1, 2, 3], device=device)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        gradient.square().sum().backward()

@@ -341,6 +341,13 @@ def test_shifted_labels(backend, device):
     (expected,) = torch.autograd.grad(plain, logits)
     torch.testing.assert_close(shifted, plain)
     torch.testing.assert_close(gradient, expected)
+    small = labels.clamp(min=0).to(torch.uint8)  # which cannot hold -100
+    same = lk.fused_cross_entropy(logits, small, shift_labels=True)
+    torch.testing.assert_close(same, lk.fused_cross_entropy(logits, small.long(), shift_labels=True))
+    for reduction in ("none", "sum", "mean"):
+        empty = lk.fused_cross_entropy(logits[:, :0], labels[:, :0], shift_labels=True, reduction=reduction)
+        assert not empty.any()
+        assert empty.shape == ((2, 0) if reduction == "none" else ())
 
 
 def test_normalisers(backend, device):
@@ -350,6 +357,13 @@ def test_normalisers(backend, device):
     assert lk.fused_ihl(logits, labels, reduction="sum").item() == pytest.approx(rows.sum().item())
     for count in (20, torch.tensor(20, device=device)):
         assert lk.fused_ihl(logits, labels, num_items_in_batch=count).item() == pytest.approx(rows.sum().item() / 20)
+    for nothing in (0, torch.tensor(0, device=device)):  # as Trainer passes it where every label is ignored
+        hidden = torch.randn(6, 4, device=device, requires_grad=True)
+        ignored = torch.full_like(labels, -100)
+        loss = lk.fused_linear_ihl(hidden, torch.randn(50, 4, device=device), ignored, num_items_in_batch=nothing)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        assert loss == 0
+        assert not gradient.any()
 
 
 def test_other_ignore_index(backend, device):

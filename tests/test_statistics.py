@@ -53,6 +53,17 @@ def test_no_rest(backend, device, vocabulary):
     assert gradient[0].tolist() == [-1.0, 1.0, 0.0][:vocabulary]
 
 
+def test_a_rest_that_is_next_to_nothing(backend, device):
+    """Its gradient is exp(z_v - rest), of ordinary size however far below the runner-up all of it lies."""
+    logits = torch.tensor([[0.0, 0.0, -80.0, -80.0, -85.0]], device=device, requires_grad=True)
+    statistics = lk.target_statistics(logits, torch.tensor([0], device=device))
+    (gradient,) = torch.autograd.grad(65536 * statistics.rest.sum(), logits)
+    rest = logits.detach()[0, 2:].double()
+    assert statistics.rest.item() == pytest.approx(rest.logsumexp(0).item(), rel=1e-6)
+    torch.testing.assert_close(gradient[0, 2:].double(), 65536 * rest.softmax(0), rtol=2e-5, atol=0)
+    assert gradient[0, :2].tolist() == [0.0, 0.0]
+
+
 def log_probability(statistics):
     return -softplus(torch.logaddexp(statistics.runner_up, statistics.rest) - statistics.target)
 

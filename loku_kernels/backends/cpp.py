@@ -177,7 +177,7 @@ class CppBackend:
         Memory: width x columns floats per thread. The order of the sums depends on the number of threads.
         """
         panels, across, side, _ = tiled.tiles.shape
-        sums = torch.zeros(min(torch.get_num_threads(), panels), across * side, x.shape[1])
+        sums = x.new_zeros(min(torch.get_num_threads(), panels), across * side, x.shape[1])
         torch.ops.loku_kernels_cpp.gram_product_(sums, *tiled, x, self._number)
         return sums.sum(0)[: len(x)]
 

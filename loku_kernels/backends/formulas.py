@@ -37,7 +37,7 @@ def inverted_hinge(target: Tensor, runner_up: Tensor, rest: Tensor) -> Partials:
     """L = 1 + p_t - p_m (LoKU, arXiv 2408.06621, section 3.2), with no subtraction of nearly equal numbers."""
     e_t, e_m, r, total = _exponentials(target, runner_up, rest)
     p_t, p_m = e_t / total, e_m / total
-    distance = target - runner_up
+    distance = _distance(target, runner_up)
     gap = torch.sign(distance) * torch.expm1(-distance.abs()) / total  # p_m - p_t
     return Partials(
         loss=(r + 2 * e_t) / total,
@@ -50,7 +50,7 @@ def inverted_hinge(target: Tensor, runner_up: Tensor, rest: Tensor) -> Partials:
 def cross_entropy(target: Tensor, runner_up: Tensor, rest: Tensor) -> Partials:
     """L = -log p_t."""
     e_t, e_m, r, total = _exponentials(target, runner_up, rest)
-    distance = target - runner_up
+    distance = _distance(target, runner_up)
     p_m = e_m / total
     loss = torch.where(distance > 0, torch.log1p(e_m + r), torch.log1p(e_t + r) - distance)
     return Partials(loss=loss, target=-(e_m + r) / total, runner_up=p_m, rest=p_m)
@@ -72,9 +72,14 @@ def combine(target: Tensor, runner_up: Tensor, rest: Tensor, ihl_weight: Tensor,
     return Partials(*(weighted(ihl_weight, i) + weighted(ce_weight, c) for i, c in zip(ihl, ce, strict=True)))
 
 
+def _distance(target: Tensor, runner_up: Tensor) -> Tensor:
+    """target - runner_up; NaN where a logit has overflowed to +inf, so that it is not hidden, as in torch's losses."""
+    return (target - runner_up).masked_fill(torch.maximum(target, runner_up) == float("inf"), float("nan"))
+
+
 def _exponentials(target: Tensor, runner_up: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """e_t, e_m, the sum of the others, and the sum of all, on the scale where the larger of e_t and e_m is 1."""
-    distance = target - runner_up
+    distance = _distance(target, runner_up)
     smaller = torch.exp(-distance.abs())
     target_leads = distance > 0
     e_t = torch.where(target_leads, torch.ones_like(smaller), smaller)

@@ -136,6 +136,9 @@ def _backward_loss(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple:
     needed = ctx.needs_input_grad[:3]
     computed = all(have or not want for have, want in zip(ctx.computed, needed, strict=True))
     upstream = upstream_of_losses(grad_value, factor, ctx.reduction)
+    # With create_graph=True, by the operator that refuses to be differentiated: products of what the forward pass has
+    # computed would have derivatives, and wrong ones.
+    computed = computed and not torch.is_grad_enabled()
     if computed and ctx.reduction != "none":
         gradients = [gradient * upstream for gradient in gradients]
     elif computed and not any(needed[1:]):

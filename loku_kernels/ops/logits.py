@@ -12,6 +12,8 @@ from loku_kernels.backends import first_invalid_label, formulas, select
 from loku_kernels.backends.reference import compute_dtype
 from loku_kernels.ops._operator import operator, operator_on, refuse_gradient
 
+_SMALL_REST = 1e-15
+
 
 @operator
 def unlearning_loss(
@@ -65,7 +67,7 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[T
     logits, labels, index, factor, rows = ctx.saved_tensors
     upstream = upstream_of_losses(grad_value, factor, ctx.reduction).expand(labels.shape)
     arguments = (labels, index, rows[formulas.COEFFICIENTS], upstream, ctx.ignore_index, ctx.scale, ctx.softcap)
-    if ctx.inplace:
+    if ctx.inplace and not torch.is_grad_enabled():
         logits = logits.detach()
         row_gradient_(logits, *arguments)
         gradient = logits
@@ -219,12 +221,14 @@ def split_statistics(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tens
 def statistics_coefficients(rows: Tensor, grad_target: Tensor, grad_runner_up: Tensor, grad_rest: Tensor) -> Tensor:
     """The gradient kernel's (4, N) coefficients for given gradients of target, runner-up and rest.
 
-    d rest / d z_v = exp(z_v - rest) = exp(z_v - z_m) / REST. Where nothing is left over, REST is 0 and so is the
-    gradient.
+    d rest / d z_v = exp(z_v - rest) = exp(z_v - z_m) / REST, or exp(z_v - (z_m + log REST)) where dividing by REST
+    might overflow. Where nothing is left over, REST is 0 and so is the gradient.
     """
-    rest_sum = rows[formulas.REST]
-    g_rest = torch.where(rest_sum == 0, torch.zeros_like(rest_sum), grad_rest / rest_sum)
-    return torch.stack([rows[formulas.RUNNER_UP], grad_target, grad_runner_up, g_rest])
+    runner_up, rest_sum = rows[formulas.RUNNER_UP], rows[formulas.REST]
+    is_none, is_small = rest_sum == 0, (rest_sum > 0) & (rest_sum < _SMALL_REST)
+    reference = torch.where(is_small, runner_up + torch.log(rest_sum), runner_up)
+    g_rest = torch.where(is_small, grad_rest, grad_rest / rest_sum).masked_fill(is_none, 0.0)
+    return torch.stack([reference, grad_target, grad_runner_up, g_rest])
 
 
 def unit_last_stride(logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import triton.language as tl
 @triton.jit
 def combine(target, runner_up, rest, ihl_weight, ce_weight):
     """ihl_weight * IHL + ce_weight * CE: (loss, g_target, g_runner_up, g_rest)."""
-    distance = target - runner_up
+    distance = tl.where(tl.maximum(target, runner_up) == float("inf"), float("nan"), target - runner_up)
     target_leads = distance > 0
     smaller = tl.exp(-tl.abs(distance))
     e_t = tl.where(target_leads, 1.0, smaller)
