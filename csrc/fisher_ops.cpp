@@ -22,7 +22,7 @@ Element element_of(const Tensor& values) {
 }
 
 int64_t row_stride(const Tensor& matrix) {
-  STD_TORCH_CHECK(matrix.dim() == 2 && (matrix.stride(1) == 1 || matrix.size(1) <= 1),
+  STD_TORCH_CHECK(matrix.dim() == 2 && (matrix.stride(1) == 1 || matrix.size(1) <= 1 || matrix.size(0) == 0),
                   "a matrix must have two dimensions and adjacent columns");
   return matrix.stride(0);
 }

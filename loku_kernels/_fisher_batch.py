@@ -11,12 +11,14 @@ from torch import Tensor
 
 from loku_kernels.sequences import checked_offsets, label_counts, next_token_labels, sequence_offsets
 
+IGNORE_INDEX = -100  # of torch's losses and of ours
+
 
 def read_batch(
     batch: Mapping[str, Any], offsets: Tensor | Sequence[int] | None, ignore_index: int
 ) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
-    """What the model is called with, the labels moved to the positions that predict them, bounds and label counts of
-    the sequences."""
+    """What the model is called with, the labels moved to the positions that predict them (-100 where there is none),
+    bounds and label counts of the sequences."""
     inputs = dict(batch)
     labels = inputs.pop("labels", None)
     if labels is None or labels.dim() != 2:
@@ -24,7 +26,12 @@ def read_batch(
         raise ValueError(f"batch must have labels of shape (batch, tokens), but has {found} beside {list(inputs)}")
     offsets = checked_offsets(sequence_offsets(batch) if offsets is None else offsets, labels.numel())
     targets = next_token_labels(labels, offsets, ignore_index)
-    return inputs, targets, offsets, label_counts(targets, offsets, ignore_index)
+    nothing = targets == ignore_index
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2:  # padding on the left would predict a sequence's first token
+        nothing |= mask == 0
+    targets = targets.masked_fill(nothing, IGNORE_INDEX)
+    return inputs, targets, offsets, label_counts(targets, offsets, IGNORE_INDEX)
 
 
 class Batch:

@@ -66,8 +66,9 @@ class FisherAccumulator:
             the retain set, say) do not fit, the layers are taken in groups; ``passes`` says how many times the data
             must be gone through, with ``groups``.
         loss: what ``update`` differentiates: called with model, batch without labels, and labels already moved to the
-            position that predicts them (ignore_index where there is none), it returns the sum of the tokens' losses.
-        ignore_index: the label of tokens that are not scored.
+            position that predicts them (-100 where there is none), it returns the sum of the tokens' losses.
+        ignore_index: the label, in batches, of tokens that are not scored. Nor are those that a token would predict
+            which ``attention_mask`` masks out.
         process_group: the ranks whose results are summed; all by default, where torch.distributed is initialised.
 
     Raises:

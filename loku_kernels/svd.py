@@ -121,6 +121,8 @@ class _Weighted:
             self.scale = _largest_magnitude(weight) or 1.0
             self.weight = weight / self.scale
             lengths = torch.linalg.vector_norm(self.weight, dim=1)
+        if float(lengths.min()) < _SQUARES_ARE_SAFE[0]:  # rows that are short beside the longest may matter by weight
+            lengths = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float64)
         lengths = lengths.double() * row_weight.double()
         longest = float(lengths.max()) or 1.0
         self.scale *= longest
@@ -201,6 +203,8 @@ def _by_krylov(
         if allowed < resolution:
             return None if a.weight.dtype == torch.float64 else _by_krylov(a.double(), rank, rtol, block, generator)
         rows = space.leading(allowed)
+        if rows is not None and space.widest_cluster() >= block - 1:
+            return _by_krylov(a, rank, rtol, block + 16, generator)
         if rows is not None:
             return _finish(a, a.left(rows) if a.is_wide else rows)
     return None

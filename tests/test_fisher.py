@@ -74,6 +74,7 @@ def test_no_tokens(backend, device):
     fisher, inputs, grads = problem(device, torch.float32, 0)
     before = fisher.clone()
     fisher_accumulate(fisher, inputs, grads)
+    fisher_accumulate(fisher, inputs, grads.new_empty(0, 2 * grads.shape[1])[:, ::2])
     fisher_accumulate(fisher, inputs, grads, offsets=torch.zeros(4, dtype=torch.int64, device=device))
     assert torch.equal(fisher, before)
 

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from fisher_oracle import TwoLayers, accumulate, assert_close, assert_equal, finite, packed, padded, sequences
+from fisher_oracle import TwoLayers, accumulate, assert_close, assert_equal, finite, padded, sequences
 from small_models import build
 from torch import Tensor, nn
 
@@ -106,6 +106,30 @@ def test_a_batch_that_fails_before_its_backward_pass_is_as_if_it_had_not_been():
 # --- batches
 
 
+def test_padding_on_the_left_predicts_nothing():
+    """Where the first token is scored, as in plain text, the padding before it would otherwise predict it."""
+    model, rows = build("llama"), sequences(0, 6)
+    (right,) = padded(rows, 6)
+    right["labels"] = right["input_ids"].masked_fill(right["attention_mask"] == 0, -100)
+    left = {
+        name: torch.stack([row.roll(-len(sequence)) for row, sequence in zip(value, rows, strict=True)])
+        for name, value in right.items()
+    }
+    assert_close(accumulate(model, [left]), accumulate(model, [right]), 4e-6)
+
+
+def test_another_ignore_index():
+    model = build("llama")
+    batches = [batch | {"labels": batch["labels"].masked_fill(batch["labels"] == -100, -1)} for batch in BATCHES]
+
+    def loss(model, inputs, targets):
+        return nn.functional.cross_entropy(model(**inputs).logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    expected = accumulate(model, BATCHES)
+    assert_equal(accumulate(model, batches, ignore_index=-1), expected)
+    assert_close(accumulate(model, batches, ignore_index=-1, loss=loss), expected, 1e-6)
+
+
 @pytest.mark.parametrize(
     "offsets,message",
     [
@@ -161,18 +185,6 @@ def test_no_labels_at_all():
         for batch in (BATCHES[0], nothing):  # which then adds nothing
             accumulator.update(batch)
     assert_equal(accumulator.fisher, accumulate(model, BATCHES[:1], target_modules=TARGETS))
-
-
-def test_another_ignore_index():
-    model = build("llama")
-    (batch,) = packed(sequences(0), 5)
-    expected = accumulate(model, [batch], target_modules=TARGETS)
-    batch["labels"] = batch["labels"].masked_fill(batch["labels"] == -100, -1)
-
-    def loss(model, inputs, targets):
-        return nn.functional.cross_entropy(model(**inputs).logits[0], targets[0], ignore_index=-1, reduction="sum")
-
-    assert_close(accumulate(model, [batch], target_modules=TARGETS, ignore_index=-1, loss=loss), expected, 1e-6)
 
 
 # --- layers

@@ -199,6 +199,14 @@ def test_extreme_magnitudes(scale, rows):
     torch.testing.assert_close(got.residual, plain.residual, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("rows", [40, 400])
+def test_a_row_whose_squares_vanish_counts_by_its_weight(rows):
+    weight, row_weight = torch.randn(rows, 500), torch.full((rows,), 1e-30)
+    weight[7] *= 1e-25
+    row_weight[7] = 1e25
+    assert_contract(weighted_svd(weight, row_weight, 1), weight, row_weight, 1)
+
+
 def test_batch_equals_loop():
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(2, 3, 390, 400, generator=generator)
@@ -278,6 +286,17 @@ def test_too_few_steps_are_noticed(name, rank):
         assert space.leading(missing - 1e-12 * float(energy)) is None
         noticed += missing > 1e-4 * float(energy) and space.leading(1e-4 * float(energy)) is None
     assert noticed >= 1  # the first steps were too few indeed
+
+
+@pytest.mark.parametrize("seed", [5, 47])
+def test_a_cluster_exactly_as_wide_as_the_block(seed):
+    """From these seeds the start block nearly misses a direction of the cluster, which two estimates do not see."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, 480, generator=generator, dtype=torch.float64))[0] for n in (480, 520)
+    )
+    weight = ((left * 0.95 ** torch.arange(30).double().repeat_interleave(16)) @ right.T).float()
+    assert_contract(weighted_svd(weight, torch.ones(480), 16), weight, torch.ones(480), 16)
 
 
 def test_one_gain_does_not_convince():
