@@ -173,8 +173,8 @@ def target_statistics(
     """The label's logit, the largest other logit and its index, and the logsumexp of all the rest, per row.
 
     A differentiable primitive: write a token-level loss as a line of torch on the results, and one sweep over the
-    logits gives the loss, one more its gradient. For example NPO, SimNPO and DPO need log p_t, which is
-    ``-softplus(logaddexp(runner_up, rest) - target)``, accurate also where p_t is close to 1.
+    logits gives the loss, one more its gradient. NPO, SimNPO and DPO need log p_t, for example, which is the
+    ``log_probability`` of what is returned, accurate also where p_t is close to 1.
 
     The gradients are exp(z_v - rest) for ``rest`` at every v other than t and m, and 1 for ``target`` and ``runner_up``
     at t and m. Arguments and errors are those of ``fused_ihl``; memory is a few floats per row, and the gradient in

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from loku_kernels.backends import formulas
 
@@ -31,9 +32,8 @@ class RowStatistics(NamedTuple):
 class TargetStatistics(NamedTuple):
     """Four numbers per row, each of the labels' shape, from which token-level losses are a line of torch.
 
-    ``target``, ``runner_up`` and ``rest`` carry gradients to the logits. With d = target - runner_up and
-    q = logaddexp(runner_up, rest) - target: p_t = sigmoid(-q), log p_t = -softplus(q), 1 - p_t = sigmoid(q).
-    Ignored rows are 0, with index -1.
+    ``target``, ``runner_up`` and ``rest`` carry gradients to the logits. With q = logaddexp(runner_up, rest) - target:
+    p_t = sigmoid(-q), log p_t = logsigmoid(-q), 1 - p_t = sigmoid(q). Ignored rows are 0, with index -1.
     """
 
     target: Tensor
@@ -45,6 +45,15 @@ class TargetStatistics(NamedTuple):
     rest: Tensor
     """logsumexp of z_v over v other than t and m; -inf where there is none, or all are some 90 or more below z_m (700
     in float64), so that exp(z_v - z_m) is 0."""
+
+    @property
+    def log_probability(self) -> Tensor:
+        """log p_t, differentiable, accurate also where p_t is close to 1; 0 for ignored rows."""
+        alone = self.runner_up == -torch.inf  # there logaddexp would have gradient NaN, where all of them are 0
+        runner_up, rest = self.runner_up.masked_fill(alone, 0.0), self.rest.masked_fill(alone, 0.0)
+        log_p = logsigmoid(self.target - torch.logaddexp(runner_up, rest)).masked_fill(alone, 0.0)
+        # An ignored row's target is 0; that of a row whose label is outside the vocabulary NaN.
+        return torch.where(self.runner_up_index < 0, self.target, log_p)
 
 
 def row_statistics(table: Tensor, index: Tensor, labels: Tensor, shape: torch.Size) -> RowStatistics:

@@ -99,6 +99,7 @@ FUNCTIONS = {
     "hidden": lambda z, h, w, labels: lk.fused_linear_ihl(h, w, labels),
     "hidden rows": lambda z, h, w, labels: lk.fused_linear_ihl(h, w, labels, reduction="none").square().sum(),
     "statistics": lambda z, h, w, labels: lk.target_statistics(z, labels).rest.sum(),
+    "log probability": lambda z, h, w, labels: lk.target_statistics(z, labels).log_probability.sum(),
     "hidden statistics": lambda z, h, w, labels: lk.linear_target_statistics(h, w, labels).rest.sum(),
     "metrics": lambda z, h, w, labels: (
         lambda loss, statistics: loss * statistics.correct.sum() + statistics.target_probability.sum()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from oracle import random_problem
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 import loku_kernels as lk
 
@@ -64,8 +66,20 @@ def test_a_rest_that_is_next_to_nothing(backend, device):
     assert gradient[0, :2].tolist() == [0.0, 0.0]
 
 
-def log_probability(statistics):
-    return -softplus(torch.logaddexp(statistics.runner_up, statistics.rest) - statistics.target)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_log_probability(backend, device, dtype):
+    """Also of a token that all others are forbidden beside, of an ignored one, and of one with 1 - p of e^-20."""
+    logits, labels = random_problem(6, 500, dtype, device)
+    logits[1, labels[1]] = logits[1].max() + 20 + math.log(500)
+    logits[2] = logits[2].masked_fill(torch.arange(500, device=device) != labels[2], -float("inf"))
+    z, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    ours = lk.target_statistics(z, labels).log_probability
+    truth = exact.log_softmax(1).gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(labels < 0, 0.0)
+    ours.sum().backward()
+    truth.sum().backward()
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-12)
+    assert ours[labels < 0].tolist() == [0.0]
+    torch.testing.assert_close(z.grad.double(), exact.grad, rtol=2 * torch.finfo(dtype).eps + 5e-6, atol=1e-8)
 
 
 LOSSES = {
@@ -84,7 +98,7 @@ def test_losses_in_a_line(backend, device, name):
     logits, labels = random_problem(6, 500, torch.float32, device)
     labels = labels.clamp(min=0)
     z, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    loss = LOSSES[name](log_probability(lk.target_statistics(z, labels)))
+    loss = LOSSES[name](lk.target_statistics(z, labels).log_probability)
     truth = LOSSES[name](exact.log_softmax(1).gather(1, labels[:, None])[:, 0])
     loss.backward()
     truth.backward()

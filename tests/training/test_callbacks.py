@@ -91,6 +91,29 @@ def test_stopping(tmp_path, every, steps):
     assert done.state.global_step == steps[-1] and checkpoint_fault(tmp_path / f"checkpoint-{steps[-1]}") is None
 
 
+@pytest.mark.parametrize(("every", "steps"), [("epoch", 3), (2, 2)])
+def test_a_run_that_had_reached_its_aim_does_not_go_on(tmp_path, every, steps):
+    def resumed(aim):
+        return run(tmp_path, [EvaluationCallback(lambda model: {"ma": 0.5}, every, lambda m: m["ma"] <= aim)], True)
+
+    stopped = run(tmp_path, [EvaluationCallback(lambda model: {"ma": 0.5}, every, stop=lambda m: True)], max_steps=20)
+    expected = trained_weights(stopped.model)
+    assert stopped.state.global_step == steps
+    again = resumed(0.5)
+    assert again.state.global_step == steps and not again.is_in_train
+    assert all(torch.equal(weight, expected[name]) for name, weight in trained_weights(again.model).items())
+    assert resumed(0.4).state.global_step > steps  # another aim
+
+
+def test_a_run_that_was_at_its_last_step_does_not_go_on(tmp_path):
+    """In the middle of an epoch, of three steps."""
+    done = run(tmp_path, [], max_steps=4)
+    again = run(tmp_path, [], True, max_steps=4)
+    assert again.state.global_step == 4
+    expected = trained_weights(done.model)
+    assert all(torch.equal(weight, expected[name]) for name, weight in trained_weights(again.model).items())
+
+
 @pytest.mark.parametrize("every", [0, -1, "step", 1.5])
 def test_intervals_that_are_none(every):
     with pytest.raises(ValueError, match=r'every must be "epoch" or a positive number of steps, got'):

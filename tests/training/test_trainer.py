@@ -267,6 +267,7 @@ def test_models_that_do_not_serve(tmp_path):
         ({"row_tokens": 0}, "row_tokens must be positive or None, got 0"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be.*'group_by_length'"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "dataloader_persistent_workers must"),
     ],
 )

@@ -18,6 +18,13 @@ from loku.files import read_json_lines, write_json_lines, writing
 from loku.inference import evaluation_mode
 
 
+class TrainingIsOver(Exception):
+    """Raised by a callback as an epoch begins, where the checkpoint gone on from was the end of the training.
+
+    transformers would take a step before it asks. `UnlearningTrainer.train` heeds it.
+    """
+
+
 class JsonLinesCallback(TrainerCallback):
     """Writes what the trainer logs, evaluations too, as JSON lines: step, epoch, seconds of training, and the values.
 
@@ -62,8 +69,9 @@ class EvaluationCallback(TrainerCallback):
     The model is in evaluation mode without gradients meanwhile, and random numbers drawn by the evaluation are given
     back, so that the training is the same with and without it. The metrics and "runtime", the seconds it took, are
     logged by the trainer, with "eval_" before their names. Each process evaluates, and must come to the same metrics. A
-    run that is stopped saves a checkpoint, unless ``save_strategy`` is "no". At step 0 ``stop`` is not asked; a resumed
-    run is first evaluated at the next interval.
+    run that is stopped saves a checkpoint, unless ``save_strategy`` is "no". At step 0 ``stop`` is not asked. A resumed
+    run is first evaluated at the next interval, but ``stop`` is asked about the metrics logged with its checkpoint, so
+    that one that had reached its aim does not go on.
 
     Args:
         evaluate: model -> metrics.
@@ -89,11 +97,20 @@ class EvaluationCallback(TrainerCallback):
             raise ValueError(f'every must be "epoch" or a positive number of steps, got {every!r}')
         self.evaluate, self.every, self.stop = evaluate, every, stop
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step = state.global_step
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 0:  # all callbacks have begun by now, also those that write the log
             self._measure(control, kwargs["model"])
+        elif self.stop is not None and state.global_step == self._first_step:
+            metrics = _logged(state)
+            if metrics and self.stop(metrics):
+                raise TrainingIsOver
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every != "epoch" and state.global_step % self.every == 0:
@@ -120,3 +137,9 @@ class EvaluationCallback(TrainerCallback):
         self.trainer.log({f"eval_{name}": value for name, value in logged.items()})
         control.should_log = due  # which the trainer takes for done after any log
         return metrics
+
+
+def _logged(state: TrainerState) -> dict[str, float]:
+    """The metrics of an evaluation at the current step, if there was one."""
+    entries = [entry for entry in state.log_history if entry["step"] == state.global_step]
+    return {k.removeprefix("eval_"): v for entry in entries for k, v in entry.items() if k.startswith("eval_")}

@@ -39,7 +39,8 @@ class UnlearnConfig(TrainingArguments):
 
     Raises:
         ValueError: an unknown method, option or packing; settings that unlearning cannot honour
-            (``remove_unused_columns``, ``label_smoothing_factor``, ``dataloader_persistent_workers``).
+            (``remove_unused_columns``, ``label_smoothing_factor``, ``dataloader_persistent_workers``,
+            ``train_sampling_strategy``).
     """
 
     _argument_group_name = "training, as of transformers' TrainingArguments, and methods"
@@ -74,6 +75,11 @@ class UnlearnConfig(TrainingArguments):
             raise ValueError(f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}")
         if self.dataloader_persistent_workers:
             raise ValueError("dataloader_persistent_workers must be False: they would keep to the first epoch's pairs")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                "train_sampling_strategy must be 'random' or 'sequential', as the items of a batch are pairs and "
+                f"packing evens out lengths, got {self.train_sampling_strategy!r}"
+            )
         if self.data_seed is None:
             self.data_seed = self.seed
 

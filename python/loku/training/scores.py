@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax, softplus
+from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
@@ -72,8 +72,7 @@ class Scores(ABC):
 
     def log_probabilities(self) -> Tensor:
         """(K,) log p of the targets, differentiable, accurate also where p is close to 1."""
-        found = self._statistics()
-        return -softplus(torch.logaddexp(found.runner_up, found.rest) - found.target)
+        return self._statistics().log_probability
 
     def sum_by_sequence(self, rows: Tensor) -> Tensor:
         """(S,) sums of (K,) over each sequence's scored tokens; 0 for one that has none here."""

@@ -12,13 +12,14 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from loku.data import Example, PairedDataset, Role, UnlearningCollator, packing_is_exact
 from loku.fila.stored_form import has_fila
 from loku.files import writing
 from loku.inference import context_length, evaluation_mode
-from loku.training.callbacks import EvaluationCallback
+from loku.training.callbacks import EvaluationCallback, TrainingIsOver
 from loku.training.checkpoints import checkpoint_fault, last_whole_checkpoint
 from loku.training.config import UnlearnConfig
 from loku.training.methods import Method, Totals
@@ -97,6 +98,9 @@ class UnlearningTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As `transformers.Trainer.train`; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
 
+        A checkpoint from which there is nothing to go on, after ``max_steps`` or with the aim of an
+        `EvaluationCallback` reached, is loaded and left as it is.
+
         Raises:
             ValueError: the checkpoint is not whole, or none is.
         """
@@ -108,7 +112,12 @@ class UnlearningTrainer(Trainer):
             fault = checkpoint_fault(resume_from_checkpoint)
             if fault is not None:
                 raise ValueError(f"cannot resume from {resume_from_checkpoint}: {fault}")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        except TrainingIsOver:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, 0.0, {})
 
     def gathered_state_dict(self) -> dict[str, Tensor] | None:
         """What ``save_pretrained(..., state_dict=...)`` needs of a sharded model: whole weights, on rank 0 only.
@@ -175,7 +184,10 @@ class UnlearningTrainer(Trainer):
 
 
 class _DrawPairs(TrainerCallback):
-    """Tells the pairs the epoch; accelerate's loaders do not where they shuffle for several processes, or resume."""
+    """Tells the pairs the epoch; accelerate's loaders do not where they shuffle for several processes, or resume.
+
+    No epoch is begun after the last step.
+    """
 
     def __init__(self, pairs: PairedDataset) -> None:
         self.pairs = pairs
@@ -184,6 +196,8 @@ class _DrawPairs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.pairs.set_epoch(int(state.epoch or 0))
+        if state.global_step >= state.max_steps:
+            raise TrainingIsOver
 
 
 @contextmanager
