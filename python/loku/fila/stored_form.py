@@ -78,6 +78,16 @@ def keep_initial(layer: LoraLayer, adapter_name: str, initial: Factors) -> None:
         module.register_load_state_dict_pre_hook(partial(_restore, dim=dim, sign=sign))
 
 
+def leave_base_out(layer: LoraLayer) -> None:
+    """Keeps the residual weight of an output head out of the state dict, and the live one whatever is loaded.
+
+    PEFT stores the base weight of an adapted head with the adapter. On the unmodified base model, which is what the
+    stored factors are for, the residual would take the place of the head's own weight.
+    """
+    layer.register_state_dict_post_hook(_drop_base)
+    layer.register_load_state_dict_pre_hook(_keep_base)
+
+
 def initial_factors(A: Tensor, B: Tensor) -> Factors:
     """A0 and B0 from the stored [A; A0] (2r, in) and [B, -B0] (out, 2r)."""
     return Factors(A.chunk(2, dim=0)[1], -B.chunk(2, dim=1)[1])
@@ -110,6 +120,14 @@ def _restore(module, state, prefix, _metadata, _strict, _missing, _unexpected, e
     if isinstance(weight, DTensor):
         trained = distribute_tensor(trained, weight.device_mesh, weight.placements)
     state[key] = trained
+
+
+def _drop_base(_layer: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    del state[f"{prefix}base_layer.weight"]
+
+
+def _keep_base(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    state[f"{prefix}base_layer.weight"] = layer.base_layer.weight
 
 
 def _whole(tensor: Tensor) -> Tensor:
