@@ -81,14 +81,14 @@ def get_fila_state_dict(
         for number, (group, _) in enumerate(zip(forget.groups(), retain.groups(), strict=True), start=1):
             if all(name in state for name in group):
                 continue
-            done = dict.fromkeys(data, 0) if checkpoint is None else checkpoint.load_sums(group, accumulators)
+            done = dict.fromkeys(data, 0) if checkpoint is None else checkpoint.load_sums(state, group, accumulators)
             for which, batches in data.items():
                 what = f"{which} importance" + (f", pass {number} of {passes}" if passes > 1 else "")
                 bar = progress(batches, what, "batch", show_progress_bar, modules=len(group))
                 for count in _accumulate(accumulators[which], bar, which, device, done[which]):
                     done[which] = count
                     if checkpoint is not None:
-                        checkpoint.keep_sums(group, accumulators, done)
+                        checkpoint.keep_sums(state, group, accumulators, done)
             state.update(_row_weights(modules, forget.fisher, retain.fisher, config))
             if checkpoint is not None:
                 checkpoint.finish_group(state)
