@@ -216,7 +216,9 @@ def test_another_base_is_refused(tmp_path):
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
-    residual = copy.deepcopy(model).unload()
+    residual = copy.deepcopy(base)
+    for name, layer in lora_layers(model, "default").items():
+        residual.get_submodule(name).weight.data.copy_(layer.get_base_layer().weight)
     for other in (tuned, residual):
         before = {name: p.clone() for name, p in other.named_parameters()}
         with pytest.raises(

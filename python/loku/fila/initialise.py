@@ -51,9 +51,10 @@ def initialize_lora_fila_weights(
     trainer resumes from such a checkpoint if the model was built in the same way before; the initial factors are
     compared, and a checkpoint trained over another residual base is refused.
 
-    In mode "residual" the base model inside ``model`` is not the base model any more: ``model.unload()``, deleting the
-    adapter and saving the base alone give W - s B* A*. `save_merged`, ``model.merge_and_unload()`` and
-    ``model.disable_adapter()`` are right in both modes.
+    In mode "residual" the base model inside ``model`` is not the base model any more: saving it alone gives
+    W - s B* A*, and so does deleting the adapter, after which the model refuses to run. `save_merged`,
+    ``model.merge_and_unload()``, ``model.unload()``, ``model.disable_adapter()``, other adapters beside this one and
+    batches that mix them are right in both modes.
 
     Args:
         model: with a newly made LoRA adapter on linear layers (nn.Linear, Conv1D; in mode "shadow" quantised ones too).

@@ -78,6 +78,11 @@ def check_residual(model: PeftModel, layers: dict[str, LoraLayer], adapter_name:
                 f"the residual mode cannot change the quantised weight of {name} ({type(weight).__name__}) without "
                 "quantising anew; use mode='shadow'"
             )
+        if hasattr(layer, "residual_of"):
+            raise ValueError(
+                f"the base weight of {name} is the residual that the adapter {layer.residual_of!r} left behind; load "
+                "the base anew"
+            )
         if holders[weight.data_ptr()] > 1:
             raise ValueError(
                 f"the weight of {name} is tied to another module's, which the residual mode would change too; use "
