@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from loku.fila import FilaConfig, FilaStateDict, initialize_lora_fila_weights
-from loku.fila.fingerprint import fingerprint
+from loku.fila.fingerprint import fingerprint, same_weight
 
 
 def start(model, state=None, **options):
@@ -189,7 +189,21 @@ def test_quantised_bases_are_served_by_the_shadow_mode_alone(linear, monkeypatch
 def test_fingerprints_tell_models_apart_and_dtypes_not():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert fingerprint(weight) == fingerprint(weight.float()) == fingerprint(weight.double())
-    assert fingerprint(weight) != fingerprint(weight.T) and fingerprint(weight) != fingerprint(weight * 1.01)
+    assert not same_weight(fingerprint(weight), fingerprint(weight.T))
+    assert not same_weight(fingerprint(weight), fingerprint(weight * 1.01))
     changed = weight.float()
     changed[:, 100] += 1  # one column of 256: samples visit them all
-    assert fingerprint(changed) != fingerprint(weight)
+    assert not same_weight(fingerprint(changed), fingerprint(weight))
+
+
+@pytest.mark.parametrize("made", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_copy_in_another_dtype_is_the_same_weight(made):
+    """Whichever was made from which; and as fine-tuned by a thousandth, it is another in any of them."""
+    weight = 0.02 * torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    tuned = weight * (1 + 1e-3 * torch.randn(256, 512, generator=torch.Generator().manual_seed(1)))
+    for other in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        own = fingerprint(weight.to(made))
+        assert same_weight(own, fingerprint(weight.to(made).to(other)))
+        assert same_weight(fingerprint(weight.to(made).to(other)), own)
+        assert not same_weight(own, fingerprint(tuned.to(made).to(other)))
+        assert not same_weight(own, fingerprint(tuned.to(other)))

@@ -251,11 +251,29 @@ def test_the_base_of_an_adapter_on_the_hub_is_checked(tmp_path, monkeypatch):
         check_fila_base(base, "someone/fila")
 
 
-def test_a_16_bit_copy_of_the_base_is_the_same_base(tmp_path):
-    base = build("llama", torch.bfloat16)
+@pytest.mark.parametrize("made", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("used", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_copy_of_the_base_in_another_dtype_is_the_same_base(tmp_path, made, used):
+    base = build("llama", made)
     save_fila_adapter(trained(base), tmp_path)
-    again = load_fila_adapter(copy.deepcopy(base).float(), tmp_path)
-    assert again.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.float32
+    again = load_fila_adapter(copy.deepcopy(base).to(used), tmp_path)
+    assert again.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.dtype == used
+
+
+def test_a_base_without_some_of_the_modules_is_refused(tmp_path):
+    base = build("llama")
+    model = trained(base)
+    save_fila_adapter(model, tmp_path)
+    shorter = copy.deepcopy(base)
+    shorter.model.layers = shorter.model.layers[:1]
+    for check in (check_fila_base, load_fila_adapter):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM has no .*layers\.1\.\S+ \(7 of 14 modules\)"):
+            check(shorter, tmp_path)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no .* \(14 of 14 modules\)"):
+        check_fila_base(build("gpt2"), tmp_path)
+    for carrying in (model, model.get_base_model()):
+        with pytest.raises(TypeError, match=r"must be the unmodified base model, .* carries adapters"):
+            load_fila_adapter(carrying, tmp_path)
 
 
 def test_another_residual_is_refused(tmp_path):
