@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 
 import pytest
 import torch
 from fila_models import adapted, build, logits, some_state, train
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 
-from loku.fila import FilaConfig, FilaStateDict, initialize_lora_fila_weights
+from loku.fila import FilaConfig, FilaStateDict, initialize_lora_fila_weights, save_fila_adapter
 from loku.fila.fingerprint import fingerprint, same_weight
 
 
@@ -110,6 +111,24 @@ def test_a_rank_that_the_weighted_matrix_does_not_have():
     torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=1e-10)
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     assert not layer.lora_A["default"].weight[2:].any() and not layer.base_layer.weight[:2].abs().max() > 1e-12
+
+
+@pytest.mark.parametrize("mode", ["residual", "shadow"])
+def test_combining_is_left_to_what_was_saved(tmp_path, mode):
+    """PEFT would combine the trained factors without the initial ones."""
+    base = build("llama")
+    model = adapted(base)
+    start(model, mode=mode)
+    train(model)
+    before = logits(model)
+    with pytest.raises(ValueError, match="cannot be combined with others in a live model"):
+        model.add_weighted_adapter(["default"], [1.0], "weighted")
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
+    save_fila_adapter(model, tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    loaded.add_weighted_adapter(["default"], [1.0], "weighted")
+    loaded.set_adapter("weighted")
+    torch.testing.assert_close(logits(loaded), before, rtol=0, atol=1e-5)
 
 
 class Params4bit(nn.Parameter):

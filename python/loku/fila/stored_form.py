@@ -41,6 +41,14 @@ class FilaLoraConfig(LoraConfig):
         new.record = {**record, "adapter": {name: getattr(config, name) for name in (*_RANKS, "init_lora_weights")}}
         return new
 
+    def __post_init__(self) -> None:
+        """ValueError: another configuration made of this one, as ``add_weighted_adapter`` makes one, knows nothing of
+        the initial factors."""
+        raise ValueError(
+            "a FILA adapter cannot be combined with others in a live model, where its initial factors would be lost; "
+            "load it from where it was saved, with PeftModel.from_pretrained on the unmodified base, and combine that"
+        )
+
     def to_dict(self) -> dict:
         stored = super().to_dict()
         factor = 2**0.5 if self.use_rslora else 2  # the scaling is alpha / sqrt(r), or alpha / r
