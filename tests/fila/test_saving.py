@@ -313,3 +313,10 @@ def test_only_fila_adapters_are_saved(tmp_path):
     with pytest.raises(TypeError, match="model must be a PeftModel, got LlamaForCausalLM"):
         save_fila_adapter(build("llama"), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_tied_head_is_not_merged(tmp_path):
+    model = trained(build("gpt2"), "shadow", target_modules=["c_attn", "lm_head"])
+    with pytest.raises(ValueError, match="the weight of lm_head is tied to another module's, which merging would"):
+        save_merged(model, tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from loku.fila.config import FilaConfig
 from loku.fila.fingerprint import check_fingerprints
 from loku.fila.initialise import attach
 from loku.fila.stored_form import RECORD_NAME, initial_factors, live_config
-from loku.fila.targets import check_residual, check_whole, is_quantised, lora_layers
+from loku.fila.targets import check_residual, check_whole, is_quantised, lora_layers, tied_layer
 from loku.files import filling
 
 
@@ -58,7 +58,7 @@ def save_merged(model: PeftModel, path: str | os.PathLike, adapter_name: str = "
     Merges a copy of the model, which therefore must fit in memory twice; ``model`` stays as it is.
 
     Raises:
-        TypeError, ValueError: as `save_fila_adapter`; a weight is quantised or sharded.
+        TypeError, ValueError: as `save_fila_adapter`; a weight is quantised, sharded or tied to another module's.
     """
     layers = _check_initialised(model, adapter_name)
     check_whole(layers)
@@ -67,6 +67,12 @@ def save_merged(model: PeftModel, path: str | os.PathLike, adapter_name: str = "
         raise ValueError(
             f"the weight of {quantised} is quantised, and merging would round it anew; save the adapter, load it on "
             "the base model in floating point, and merge that"
+        )
+    tied = tied_layer(model, layers)
+    if tied is not None:
+        raise ValueError(
+            f"the weight of {tied} is tied to another module's, which merging would change, too; save the adapter, and "
+            "load it on the base model"
         )
     merged = copy.deepcopy(model).merge_and_unload(adapter_names=[adapter_name])
     with filling(path) as folder:
