@@ -105,6 +105,10 @@ def test_what_is_refused():
         get_fila_state_dict(model, good, [{"input_ids": token_ids()}], show_progress_bar=False)
     with pytest.raises(ValueError, match="forget_dataloader has no batches"):
         get_fila_state_dict(model, [], good, show_progress_bar=False)
+    ignored = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in good]
+    for which, data in (("forget", (ignored, good)), ("retain", (good, ignored))):
+        with pytest.raises(ValueError, match=f"all labels in the batches of {which}_dataloader are ignored"):
+            get_fila_state_dict(model, *data, show_progress_bar=False)
     with pytest.raises(ValueError, match="model must be a PeftModel, or peft_config must name its target_modules"):
         get_fila_state_dict(base, good, good, show_progress_bar=False)
     with pytest.raises(ValueError, match=r"no linear layer of the model matches target_modules = \{'wq'\}"):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 
 import pytest
 import torch
 from fila_models import adapted, build, logits, some_state, train
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 
-from loku.fila import FilaConfig, FilaStateDict, initialize_lora_fila_weights
-from loku.fila.fingerprint import fingerprint
+from loku.fila import FilaConfig, FilaStateDict, initialize_lora_fila_weights, save_fila_adapter
+from loku.fila.fingerprint import fingerprint, same_weight
 
 
 def start(model, state=None, **options):
@@ -112,6 +113,24 @@ def test_a_rank_that_the_weighted_matrix_does_not_have():
     assert not layer.lora_A["default"].weight[2:].any() and not layer.base_layer.weight[:2].abs().max() > 1e-12
 
 
+@pytest.mark.parametrize("mode", ["residual", "shadow"])
+def test_combining_is_left_to_what_was_saved(tmp_path, mode):
+    """PEFT would combine the trained factors without the initial ones."""
+    base = build("llama")
+    model = adapted(base)
+    start(model, mode=mode)
+    train(model)
+    before = logits(model)
+    with pytest.raises(ValueError, match="cannot be combined with others in a live model"):
+        model.add_weighted_adapter(["default"], [1.0], "weighted")
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
+    save_fila_adapter(model, tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    loaded.add_weighted_adapter(["default"], [1.0], "weighted")
+    loaded.set_adapter("weighted")
+    torch.testing.assert_close(logits(loaded), before, rtol=0, atol=1e-5)
+
+
 class Params4bit(nn.Parameter):
     """Stands for bitsandbytes' class of this name, by which PEFT knows it: 8-bit integers and a scale."""
 
@@ -189,7 +208,21 @@ def test_quantised_bases_are_served_by_the_shadow_mode_alone(linear, monkeypatch
 def test_fingerprints_tell_models_apart_and_dtypes_not():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert fingerprint(weight) == fingerprint(weight.float()) == fingerprint(weight.double())
-    assert fingerprint(weight) != fingerprint(weight.T) and fingerprint(weight) != fingerprint(weight * 1.01)
+    assert not same_weight(fingerprint(weight), fingerprint(weight.T))
+    assert not same_weight(fingerprint(weight), fingerprint(weight * 1.01))
     changed = weight.float()
     changed[:, 100] += 1  # one column of 256: samples visit them all
-    assert fingerprint(changed) != fingerprint(weight)
+    assert not same_weight(fingerprint(changed), fingerprint(weight))
+
+
+@pytest.mark.parametrize("made", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_copy_in_another_dtype_is_the_same_weight(made):
+    """Whichever was made from which; and as fine-tuned by a thousandth, it is another in any of them."""
+    weight = 0.02 * torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    tuned = weight * (1 + 1e-3 * torch.randn(256, 512, generator=torch.Generator().manual_seed(1)))
+    for other in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        own = fingerprint(weight.to(made))
+        assert same_weight(own, fingerprint(weight.to(made).to(other)))
+        assert same_weight(fingerprint(weight.to(made).to(other)), own)
+        assert not same_weight(own, fingerprint(tuned.to(made).to(other)))
+        assert not same_weight(own, fingerprint(tuned.to(other)))

@@ -71,6 +71,16 @@ def test_state_survives_its_file(tmp_path):
         FilaStateDict.load(tmp_path / "other.safetensors")
 
 
+def test_a_state_that_is_cut_short_or_none_is_refused_by_the_name_of_its_file(tmp_path):
+    path = tmp_path / "state.safetensors"
+    FilaStateDict({"a": torch.rand(3)}).save(path)
+    whole = path.read_bytes()
+    for broken in (whole[:-1], whole[: len(whole) // 2], whole[:4], b"", b"no tensors in here" * 20):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"state\.safetensors is not a whole safetensors file"):
+            FilaStateDict.load(path)
+
+
 @pytest.mark.parametrize(
     "settings_,message",
     [

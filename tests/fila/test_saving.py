@@ -77,6 +77,8 @@ def test_round_trip_through_a_fresh_process(tmp_path):
         ("phi", {"lora_bias": True, "lora_dropout": 0.1}),
         ("llama", {"adapter_name": "unlearn"}),
         ("llama", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "up_proj"]}),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+        ("phi", {"target_modules": r".*(q_proj|lm_head)"}),
     ],
 )
 def test_round_trip(tmp_path, family, options, mode):
@@ -137,6 +139,26 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     torch.testing.assert_close(logits(shadow), logits(model), rtol=0, atol=1e-9)
 
 
+def test_an_adapted_head_is_stored_without_its_residual(tmp_path):
+    """PEFT stores a head's base weight with the adapter, from which the unmodified base is not to be overwritten, nor
+    a residual where training goes on from a shadow."""
+    base = build("llama")
+    models = {mode: trained(base, mode, target_modules=["q_proj", "lm_head"]) for mode in ("residual", "shadow")}
+    for mode, model in models.items():
+        model.save_pretrained(tmp_path / mode, save_embedding_layers=True)
+        plain = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / mode).eval()
+        torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-5)
+        assert torch.equal(plain.unload().lm_head.weight, base.lm_head.weight)
+        for other in models:
+            again = load_fila_adapter(copy.deepcopy(base), tmp_path / mode, config=FilaConfig(mode=other)).eval()
+            torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
+    residual = models["residual"]
+    assert "base_model.model.lm_head.base_layer.weight" not in residual.state_dict()
+    before = {name: p.clone() for name, p in residual.named_parameters()}
+    residual.load_state_dict(residual.state_dict())
+    assert all(torch.equal(p, before[name]) for name, p in residual.named_parameters())
+
+
 def test_saving_twice_replaces_and_keeps_other_files(tmp_path):
     base = build("llama")
     model = trained(base)
@@ -157,8 +179,8 @@ class _StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def _trainer(base, folder, *callbacks):
-    model = adapted(base)
+def _trainer(base, folder, *callbacks, **options):
+    model = adapted(base, **options)
     initialize_lora_fila_weights(model, some_state(model), show_progress_bar=False)
     ids = token_ids(16).tolist()
     data = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
@@ -169,12 +191,13 @@ def _trainer(base, folder, *callbacks):
     return Trainer(model, arguments, train_dataset=data, callbacks=list(callbacks))
 
 
-def test_a_trainer_resumes_and_its_checkpoints_load_on_the_base(tmp_path):
+@pytest.mark.parametrize("targets", ["all-linear", ["up_proj", "lm_head"]])
+def test_a_trainer_resumes_and_its_checkpoints_load_on_the_base(tmp_path, targets):
     base = build("llama")
-    whole = _trainer(base, tmp_path / "whole")
+    whole = _trainer(base, tmp_path / "whole", target_modules=targets)
     whole.train()
-    _trainer(base, tmp_path / "parts", _StopAt(2)).train()
-    resumed = _trainer(base, tmp_path / "parts")
+    _trainer(base, tmp_path / "parts", _StopAt(2), target_modules=targets).train()
+    resumed = _trainer(base, tmp_path / "parts", target_modules=targets)
     resumed.train(resume_from_checkpoint=True)
     for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q), name
@@ -193,7 +216,9 @@ def test_another_base_is_refused(tmp_path):
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
-    residual = copy.deepcopy(model).unload()
+    residual = copy.deepcopy(base)
+    for name, layer in lora_layers(model, "default").items():
+        residual.get_submodule(name).weight.data.copy_(layer.get_base_layer().weight)
     for other in (tuned, residual):
         before = {name: p.clone() for name, p in other.named_parameters()}
         with pytest.raises(
@@ -226,11 +251,29 @@ def test_the_base_of_an_adapter_on_the_hub_is_checked(tmp_path, monkeypatch):
         check_fila_base(base, "someone/fila")
 
 
-def test_a_16_bit_copy_of_the_base_is_the_same_base(tmp_path):
-    base = build("llama", torch.bfloat16)
+@pytest.mark.parametrize("made", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("used", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_copy_of_the_base_in_another_dtype_is_the_same_base(tmp_path, made, used):
+    base = build("llama", made)
     save_fila_adapter(trained(base), tmp_path)
-    again = load_fila_adapter(copy.deepcopy(base).float(), tmp_path)
-    assert again.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.float32
+    again = load_fila_adapter(copy.deepcopy(base).to(used), tmp_path)
+    assert again.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.dtype == used
+
+
+def test_a_base_without_some_of_the_modules_is_refused(tmp_path):
+    base = build("llama")
+    model = trained(base)
+    save_fila_adapter(model, tmp_path)
+    shorter = copy.deepcopy(base)
+    shorter.model.layers = shorter.model.layers[:1]
+    for check in (check_fila_base, load_fila_adapter):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM has no .*layers\.1\.\S+ \(7 of 14 modules\)"):
+            check(shorter, tmp_path)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no .* \(14 of 14 modules\)"):
+        check_fila_base(build("gpt2"), tmp_path)
+    for carrying in (model, model.get_base_model()):
+        with pytest.raises(TypeError, match=r"must be the unmodified base model, .* carries adapters"):
+            load_fila_adapter(carrying, tmp_path)
 
 
 def test_another_residual_is_refused(tmp_path):
@@ -269,4 +312,11 @@ def test_only_fila_adapters_are_saved(tmp_path):
             save(model, tmp_path)
     with pytest.raises(TypeError, match="model must be a PeftModel, got LlamaForCausalLM"):
         save_fila_adapter(build("llama"), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_tied_head_is_not_merged(tmp_path):
+    model = trained(build("gpt2"), "shadow", target_modules=["c_attn", "lm_head"])
+    with pytest.raises(ValueError, match="the weight of lm_head is tied to another module's, which merging would"):
+        save_merged(model, tmp_path)
     assert not any(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from fila_models import FAMILIES, adapted, build, logits, original_weights, some_state, token_ids, train
+from peft import LoraConfig
 
 from loku.fila import FilaConfig, initialize_lora_fila_weights
 from loku.fila.targets import base_weight, lora_layers
@@ -69,19 +70,63 @@ def test_with_the_residual_adapter_off_the_model_is_the_base(family, dtype):
             torch.testing.assert_close(logits(model), exact, rtol=0, atol=1e-10)
 
 
-def test_a_mixed_batch_is_refused_over_a_residual():
-    model = started(build("llama"))
-    alone = model(token_ids(2), adapter_names=["default"] * 2).logits
-    torch.testing.assert_close(alone, model(token_ids(2)).logits)
-    with pytest.raises(ValueError, match="batches that mix adapters need a base that is left alone"):
-        model(token_ids(2), adapter_names=["default", "__base__"])
+def beside_another(base):
+    """A trained residual with a second trained adapter, on some of its modules, that is active; and it on the base."""
+    model = started(base)
+    train(model)
+    other = adapted(base, target_modules=["q_proj"])
+    train(other)
+    model.add_adapter("other", LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"]))
+    for name, layer in lora_layers(other, "default").items():
+        for x in ("lora_A", "lora_B"):
+            weight = getattr(layer, x)["default"].weight
+            getattr(model.get_base_model().get_submodule(name), x)["other"].weight.data.copy_(weight)
+    model.set_adapter("other")
+    return model.eval(), other
 
 
-def test_a_residual_without_its_adapter_does_not_run():
+def test_other_adapters_beside_a_residual_act_on_the_base():
+    """Live, merged, and merged into what is left after unloading; and nothing merged leaves the base."""
+    base = build("llama", torch.float64)
+    model, other = beside_another(base)
+    expected = logits(other)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-10)
+    for unloaded, right in [
+        (copy.deepcopy(model).merge_and_unload(), expected),
+        (copy.deepcopy(model).merge_and_unload(safe_merge=True), expected),
+        (copy.deepcopy(model).unload(), logits(base)),
+    ]:
+        torch.testing.assert_close(logits(unloaded), right, rtol=0, atol=1e-10)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=1e-10)
+
+
+def test_a_mixed_batch_over_a_residual():
+    """Each row is what its adapter makes of it, and the model goes on as before."""
+    base = build("llama", torch.float64)
+    model, other = beside_another(base)
+    rows = {"other": logits(other)[0], "__base__": logits(base)[1]}
+    model.set_adapter("default")
+    alone = logits(model)
+    mixed = model(token_ids(), adapter_names=["other", "__base__", "default"]).logits
+    torch.testing.assert_close(mixed, torch.stack([*rows.values(), alone[2]]), rtol=0, atol=1e-10)
+    with model.disable_adapter():
+        off = model(token_ids(), adapter_names=["other", "__base__", "default"]).logits
+    torch.testing.assert_close(off, logits(base), rtol=0, atol=1e-10)
+    assert torch.equal(logits(model), alone)
+
+
+def test_a_residual_without_its_adapter_is_refused():
     model = started(build("llama"))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
     model.delete_adapter("default")
-    with pytest.raises(RuntimeError, match="the FILA adapter 'default' was deleted, which leaves its residual base"):
-        model.base_model.model(token_ids())
+    for use in (lambda: logits(model), model.unload, model.merge_and_unload):
+        with pytest.raises(RuntimeError, match="the FILA adapter 'default' was deleted, which leaves its residual"):
+            use()
+    state = {name: torch.ones(layer.out_features) for name, layer in lora_layers(model, "other").items()}
+    with pytest.raises(ValueError, match=r"q_proj is the residual that the adapter 'default' left behind"):
+        initialize_lora_fila_weights(model, state, adapter_name="other", show_progress_bar=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

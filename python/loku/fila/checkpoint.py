@@ -8,11 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
-from loku.fila.state import FilaStateDict
+from loku.fila.state import FilaStateDict, opened
 from loku.files import replacing
 from loku_kernels.fisher_accumulator import FisherAccumulator
 
@@ -45,15 +44,20 @@ class ImportanceCheckpoint:
             raise ValueError(f"{self.path} was begun with another model, other data or other settings; delete it")
         state.update(found)
 
-    def load_sums(self, group: Sequence[str], accumulators: Accumulators) -> dict[str, int]:
-        """Batches of each set that need not be gone through again, whose sums the accumulators now hold."""
+    def load_sums(self, state: FilaStateDict, group: Sequence[str], accumulators: Accumulators) -> dict[str, int]:
+        """Batches of each set that need not be gone through again, whose sums the accumulators now hold.
+
+        ValueError if they were of another model, other data or settings, or their file is not whole.
+        """
         done = dict.fromkeys(accumulators, 0)
         if not self._sums.exists():
             return done
-        with safe_open(self._sums, framework="pt") as file:
+        with opened(self._sums) as file:
             metadata = file.metadata() or {}
+            if metadata.get("of") != _identity(state):
+                raise ValueError(f"{self._sums} was begun with another model, other data or other settings; delete it")
             # Sums of another group are done with; with other ranks each would have had other batches.
-            if metadata.get("of") != self._identity(group):
+            if metadata["share"] != _share(group):
                 return done
             for which, batches in json.loads(metadata["done"]).items():
                 keys = [key for key in file.keys() if key.startswith(f"{which}.")]  # noqa: SIM118 (not a mapping)
@@ -61,7 +65,9 @@ class ImportanceCheckpoint:
                 done[which] = batches
         return done
 
-    def keep_sums(self, group: Sequence[str], accumulators: Accumulators, done: Mapping[str, int]) -> None:
+    def keep_sums(
+        self, state: FilaStateDict, group: Sequence[str], accumulators: Accumulators, done: Mapping[str, int]
+    ) -> None:
         """Writes the sums, if that was long ago."""
         if time.monotonic() - self._written < self.every:
             return
@@ -69,8 +75,9 @@ class ImportanceCheckpoint:
         tensors: dict[str, Tensor] = {}
         for which in begun:
             tensors |= {f"{which}.{key}": tensor for key, tensor in accumulators[which].state_dict().items()}
+        metadata = {"of": _identity(state), "share": _share(group), "done": json.dumps(begun)}
         with replacing(self._sums) as temporary:
-            save_file(tensors, temporary, metadata={"of": self._identity(group), "done": json.dumps(begun)})
+            save_file(tensors, temporary, metadata=metadata)
         self._written = time.monotonic()
 
     def finish_group(self, state: FilaStateDict) -> None:
@@ -86,8 +93,15 @@ class ImportanceCheckpoint:
     def _sums(self) -> Path:
         return self.path.with_name(f"{self.path.name}.sums-{rank_and_ranks()[0]}")
 
-    def _identity(self, group: Sequence[str]) -> str:
-        return json.dumps([self.data, rank_and_ranks()[1], list(group)])
+
+def _identity(state: FilaStateDict) -> str:
+    """The model, the data's name and the settings."""
+    return json.dumps([state.fingerprints, state.importance])
+
+
+def _share(group: Sequence[str]) -> str:
+    """Which modules' sums these are, over how much of the data."""
+    return json.dumps([list(group), rank_and_ranks()[1]])
 
 
 def rank_and_ranks() -> tuple[int, int]:

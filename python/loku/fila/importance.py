@@ -52,10 +52,10 @@ def get_fila_state_dict(
             same order. The caller removes them.
 
     Raises:
-        ValueError: the target modules cannot be told; batches lack labels; a data set is empty; an iterator would have
-            to be gone through twice; memory_budget is too small for one module; a module's Fisher information is zero
-            throughout on either data set, which is to say that the data never reached it; the checkpoint belongs to
-            another model, other data or settings.
+        ValueError: the target modules cannot be told; batches lack labels; a data set is empty, or all its labels are
+            ignored; an iterator would have to be gone through twice; memory_budget is too small for one module; a
+            module's Fisher information is zero throughout on either data set, which is to say that the data never
+            reached it; the checkpoint belongs to another model, other data or settings, or is cut short.
         FloatingPointError: NaN or infinite gradients, with the module's name.
 
     Memory: two float32 matrices of each module's shape, within ``config.memory_budget`` by groups of modules.
@@ -81,15 +81,15 @@ def get_fila_state_dict(
         for number, (group, _) in enumerate(zip(forget.groups(), retain.groups(), strict=True), start=1):
             if all(name in state for name in group):
                 continue
-            done = dict.fromkeys(data, 0) if checkpoint is None else checkpoint.load_sums(group, accumulators)
+            done = dict.fromkeys(data, 0) if checkpoint is None else checkpoint.load_sums(state, group, accumulators)
             for which, batches in data.items():
                 what = f"{which} importance" + (f", pass {number} of {passes}" if passes > 1 else "")
                 bar = progress(batches, what, "batch", show_progress_bar, modules=len(group))
                 for count in _accumulate(accumulators[which], bar, which, device, done[which]):
                     done[which] = count
                     if checkpoint is not None:
-                        checkpoint.keep_sums(group, accumulators, done)
-            state.update(_row_weights(modules, forget.fisher, retain.fisher, config))
+                        checkpoint.keep_sums(state, group, accumulators, done)
+            state.update(_row_weights(modules, _fisher(forget, "forget"), _fisher(retain, "retain"), config))
             if checkpoint is not None:
                 checkpoint.finish_group(state)
     return state
@@ -125,6 +125,15 @@ def _accumulate(
         yield count
     if count == 0:
         raise ValueError(f"{which}_dataloader has no batches")
+
+
+def _fisher(accumulator: FisherAccumulator, which: str) -> dict[str, Tensor]:
+    try:
+        return accumulator.fisher
+    except RuntimeError as error:  # torch's own are RuntimeErrors, too
+        if "no labels" not in str(error):
+            raise
+        raise ValueError(f"all labels in the batches of {which}_dataloader are ignored") from error
 
 
 def _row_weights(

@@ -22,7 +22,7 @@ from loku.fila.progress import progress
 from loku.fila.residual import subtract_initial
 from loku.fila.shadow import ShadowVariant
 from loku.fila.state import FilaStateDict
-from loku.fila.stored_form import FilaLoraConfig, keep_initial
+from loku.fila.stored_form import FilaLoraConfig, keep_initial, leave_base_out
 from loku.fila.targets import base_weight, check_fresh, check_ranks, check_residual, check_whole, lora_layers
 
 # An H200's host of 16 cores, milliseconds a matrix of Llama2-7B, rank 32, with 1, 2, 4, 6 and 8: 82, 41, 26, 25, 26.
@@ -51,9 +51,10 @@ def initialize_lora_fila_weights(
     trainer resumes from such a checkpoint if the model was built in the same way before; the initial factors are
     compared, and a checkpoint trained over another residual base is refused.
 
-    In mode "residual" the base model inside ``model`` is not the base model any more: ``model.unload()``, deleting the
-    adapter and saving the base alone give W - s B* A*. `save_merged`, ``model.merge_and_unload()`` and
-    ``model.disable_adapter()`` are right in both modes.
+    In mode "residual" the base model inside ``model`` is not the base model any more: saving it alone gives
+    W - s B* A*, and so does deleting the adapter, after which the model refuses to run. `save_merged`,
+    ``model.merge_and_unload()``, ``model.unload()``, ``model.disable_adapter()``, other adapters beside this one and
+    batches that mix them are right in both modes.
 
     Args:
         model: with a newly made LoRA adapter on linear layers (nn.Linear, Conv1D; in mode "shadow" quantised ones too).
@@ -108,6 +109,7 @@ def attach(
 ) -> None:
     """Starts the adapter from the given factors and takes them out of the base, or out of its forward."""
     fingerprints = {name: fingerprint(layer.get_base_layer().weight) for name, layer in layers.items()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, layer in layers.items():
         a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         a.weight.copy_(initial[name].A)
@@ -117,6 +119,8 @@ def attach(
         keep_initial(layer, adapter_name, initial[name])
         if config.mode == "residual":
             subtract_initial(layer, adapter_name, initial[name], config.residual_dtype)
+            if layer is head:
+                leave_base_out(layer)
         else:
             layer.lora_variant[adapter_name] = ShadowVariant()
     settings = {**dataclasses.asdict(config), "residual_dtype": config.residual_dtype and str(config.residual_dtype)}

@@ -1,16 +1,17 @@
 """The residual mode: the base weight becomes W - s B0 A0.
 
-With the adapter switched off PEFT would compute with that residual, which is no model of interest, and a reference
-model taken by ``model.disable_adapter()`` would be wrong without a sign of it. So the initial factors are then added
-back.
+Wherever the adapter is off, or the layer is unloaded without it, PEFT would go on with that residual, which is no model
+of interest, and a reference model taken by ``model.disable_adapter()`` would be wrong without a sign of it. So the
+initial factors are then added back.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -18,17 +19,57 @@ from loku.fila.factors import Factors, residual_weight
 from loku.fila.targets import base_weight
 
 
+class ResidualLinear(LoraLinear):
+    """PEFT's LoRA layer, over W - s B0 A0. Layers become it where they are."""
+
+    residual_of: str  # the adapter that W - s B0 A0 belongs to
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """RuntimeError if the adapter was deleted."""
+        a, b = self._initial()
+        output = super().forward(x, *args, **kwargs)
+        names = kwargs.get("adapter_names")
+        on = self.residual_of in self.active_adapters or self.residual_of in self.merged_adapters
+        if names is None and on and not self.disable_adapters:
+            return output
+        initial = (linear(linear(x.to(a.dtype), a), b) * self.scaling[self.residual_of]).to(output.dtype)
+        if names is not None and not self.disable_adapters:  # each row of the batch names its adapter
+            off = [[name != self.residual_of] for name in names]
+            initial = initial * output.new_tensor(off).reshape(-1, *[1] * (output.dim() - 1))
+        return output + initial
+
+    @torch.no_grad()
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT puts in the layer's place. RuntimeError if the adapter was deleted."""
+        initial = self._initial()
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if self.residual_of not in self.merged_adapters:
+            _subtract(self, initial, -self.scaling[self.residual_of], self.get_base_layer().weight.dtype)
+        return self.get_base_layer()
+
+    def _initial(self) -> Factors:
+        name = self.residual_of
+        if name not in self.lora_A:
+            raise RuntimeError(
+                f"the FILA adapter {name!r} was deleted, which leaves its residual base behind; load the base anew"
+            )
+        return Factors(self.lora_A[name].initial, self.lora_B[name].initial)
+
+
 @torch.no_grad()
-def subtract_initial(layer: LoraLayer, adapter_name: str, initial: Factors, dtype: torch.dtype | None) -> None:
+def subtract_initial(layer: LoraLinear, adapter_name: str, initial: Factors, dtype: torch.dtype | None) -> None:
     """Replaces the base weight, in ``dtype`` or its own, and adds the initial part back while the adapter is off.
 
     In a dtype that is not the weight's own the base layer's product runs in that dtype, and its output is cast back.
     """
     base = layer.get_base_layer()
     own = base.weight.dtype
-    residual = residual_weight(base_weight(layer), initial, layer.scaling[adapter_name], dtype or own)
-    base.weight.data = (residual.T if layer.fan_in_fan_out else residual).contiguous()
-    layer.register_forward_hook(partial(_add_initial_while_off, adapter_name=adapter_name), with_kwargs=True)
+    _subtract(layer, initial, layer.scaling[adapter_name], dtype or own)
+    layer.__class__ = ResidualLinear
+    layer.residual_of = adapter_name
     if base.weight.dtype != own:
         if base.bias is not None:
             base.bias.data = base.bias.data.to(base.weight.dtype)
@@ -36,20 +77,9 @@ def subtract_initial(layer: LoraLayer, adapter_name: str, initial: Factors, dtyp
         base.register_forward_hook(partial(_cast_output, dtype=own))
 
 
-def _add_initial_while_off(
-    layer: LoraLayer, args: tuple[Tensor, ...], kwargs: dict, output: Tensor, *, adapter_name: str
-) -> Tensor:
-    if set(kwargs.get("adapter_names") or [adapter_name]) != {adapter_name}:
-        raise ValueError("batches that mix adapters need a base that is left alone; use FILA's mode='shadow'")
-    if adapter_name not in layer.lora_A:
-        raise RuntimeError(
-            f"the FILA adapter {adapter_name!r} was deleted, which leaves its residual base behind; load the base anew"
-        )
-    on = adapter_name in layer.active_adapters or adapter_name in layer.merged_adapters
-    if on and not layer.disable_adapters:
-        return output
-    A, B = layer.lora_A[adapter_name].initial, layer.lora_B[adapter_name].initial
-    return output + (linear(linear(args[0].to(A.dtype), A), B) * layer.scaling[adapter_name]).to(output.dtype)
+def _subtract(layer: LoraLinear, initial: Factors, scaling: float, dtype: torch.dtype) -> None:
+    residual = residual_weight(base_weight(layer), initial, scaling, dtype)
+    layer.get_base_layer().weight.data = (residual.T if layer.fan_in_fan_out else residual).contiguous()
 
 
 def _cast_input(base: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

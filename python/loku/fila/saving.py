@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from loku.fila.config import FilaConfig
 from loku.fila.fingerprint import check_fingerprints
 from loku.fila.initialise import attach
 from loku.fila.stored_form import RECORD_NAME, initial_factors, live_config
-from loku.fila.targets import check_residual, check_whole, is_quantised, lora_layers
+from loku.fila.targets import check_residual, check_whole, is_quantised, lora_layers, tied_layer
 from loku.files import filling
 
 
@@ -57,7 +58,7 @@ def save_merged(model: PeftModel, path: str | os.PathLike, adapter_name: str = "
     Merges a copy of the model, which therefore must fit in memory twice; ``model`` stays as it is.
 
     Raises:
-        TypeError, ValueError: as `save_fila_adapter`; a weight is quantised or sharded.
+        TypeError, ValueError: as `save_fila_adapter`; a weight is quantised, sharded or tied to another module's.
     """
     layers = _check_initialised(model, adapter_name)
     check_whole(layers)
@@ -66,6 +67,12 @@ def save_merged(model: PeftModel, path: str | os.PathLike, adapter_name: str = "
         raise ValueError(
             f"the weight of {quantised} is quantised, and merging would round it anew; save the adapter, load it on "
             "the base model in floating point, and merge that"
+        )
+    tied = tied_layer(model, layers)
+    if tied is not None:
+        raise ValueError(
+            f"the weight of {tied} is tied to another module's, which merging would change, too; save the adapter, and "
+            "load it on the base model"
         )
     merged = copy.deepcopy(model).merge_and_unload(adapter_names=[adapter_name])
     with filling(path) as folder:
@@ -92,8 +99,14 @@ def load_fila_adapter(
         config: the mode and residual_dtype to go on with; by default those of the saved adapter.
 
     Raises:
+        TypeError: base_model carries adapters already.
         ValueError: there is no FILA adapter at path, or base_model is not the one it belongs to.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+        raise TypeError(
+            f"base_model must be the unmodified base model, but this {type(base_model).__name__} carries adapters; "
+            "load the base anew"
+        )
     record_path = Path(path, RECORD_NAME)
     if not record_path.is_file():
         raise ValueError(f"{path} has no {RECORD_NAME}: no FILA adapter was saved there")
@@ -130,9 +143,14 @@ def check_fila_base(base_model: nn.Module, adapter: str | os.PathLike) -> None:
 
 
 def _check_record(base_model: nn.Module, record: dict, adapter: str | os.PathLike) -> None:
-    expected = record["fingerprints"]
-    weights = {name: module.weight for name, module in base_model.named_modules() if name in expected}
-    check_fingerprints(expected, weights, f"the adapter in {adapter}")
+    expected, modules = record["fingerprints"], dict(base_model.named_modules())
+    missing = [name for name in expected if not hasattr(modules.get(name), "weight")]
+    if missing:
+        raise ValueError(
+            f"the adapter in {adapter} belongs to another base model: {type(base_model).__name__} has no linear layer "
+            f"{', '.join(missing[:3])} ({len(missing)} of {len(expected)} modules)"
+        )
+    check_fingerprints(expected, {name: modules[name].weight for name in expected}, f"the adapter in {adapter}")
 
 
 def _record_path(adapter: str | os.PathLike) -> Path | None:

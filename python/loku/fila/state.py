@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class FilaStateDict(dict[str, Tensor]):
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> FilaStateDict:
         """Reads what `save` wrote. Raises ValueError for any other file."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with opened(path, device) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path} does not hold FILA row weights (format {metadata.get('format')!r})")
@@ -53,3 +54,13 @@ class FilaStateDict(dict[str, Tensor]):
                 json.loads(metadata["fingerprints"]),
                 json.loads(metadata["importance"]),
             )
+
+
+@contextmanager
+def opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> Iterator[safe_open]:
+    """A safetensors file to read from. Raises ValueError if it is cut short or none at all."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error

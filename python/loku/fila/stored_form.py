@@ -41,6 +41,14 @@ class FilaLoraConfig(LoraConfig):
         new.record = {**record, "adapter": {name: getattr(config, name) for name in (*_RANKS, "init_lora_weights")}}
         return new
 
+    def __post_init__(self) -> None:
+        """ValueError: another configuration made of this one, as ``add_weighted_adapter`` makes one, knows nothing of
+        the initial factors."""
+        raise ValueError(
+            "a FILA adapter cannot be combined with others in a live model, where its initial factors would be lost; "
+            "load it from where it was saved, with PeftModel.from_pretrained on the unmodified base, and combine that"
+        )
+
     def to_dict(self) -> dict:
         stored = super().to_dict()
         factor = 2**0.5 if self.use_rslora else 2  # the scaling is alpha / sqrt(r), or alpha / r
@@ -78,6 +86,16 @@ def keep_initial(layer: LoraLayer, adapter_name: str, initial: Factors) -> None:
         module.register_load_state_dict_pre_hook(partial(_restore, dim=dim, sign=sign))
 
 
+def leave_base_out(layer: LoraLayer) -> None:
+    """Keeps the residual weight of an output head out of the state dict, and the live one whatever is loaded.
+
+    PEFT stores the base weight of an adapted head with the adapter. On the unmodified base model, which is what the
+    stored factors are for, the residual would take the place of the head's own weight.
+    """
+    layer.register_state_dict_post_hook(_drop_base)
+    layer.register_load_state_dict_pre_hook(_keep_base)
+
+
 def initial_factors(A: Tensor, B: Tensor) -> Factors:
     """A0 and B0 from the stored [A; A0] (2r, in) and [B, -B0] (out, 2r)."""
     return Factors(A.chunk(2, dim=0)[1], -B.chunk(2, dim=1)[1])
@@ -110,6 +128,14 @@ def _restore(module, state, prefix, _metadata, _strict, _missing, _unexpected, e
     if isinstance(weight, DTensor):
         trained = distribute_tensor(trained, weight.device_mesh, weight.placements)
     state[key] = trained
+
+
+def _drop_base(_layer: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    del state[f"{prefix}base_layer.weight"]
+
+
+def _keep_base(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    state[f"{prefix}base_layer.weight"] = layer.base_layer.weight
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -66,11 +66,6 @@ def check_residual(model: PeftModel, layers: dict[str, LoraLayer], adapter_name:
     others = sorted(set(model.peft_config) - {adapter_name})
     if others:
         raise ValueError(f"the residual mode would change the base under the adapters {others}; use mode='shadow'")
-    holders = Counter(
-        parameter.data_ptr()
-        for _, parameter in model.get_base_model().named_parameters(remove_duplicate=False)
-        if parameter.device.type != "meta"
-    )
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
         if is_quantised(layer):
@@ -78,11 +73,27 @@ def check_residual(model: PeftModel, layers: dict[str, LoraLayer], adapter_name:
                 f"the residual mode cannot change the quantised weight of {name} ({type(weight).__name__}) without "
                 "quantising anew; use mode='shadow'"
             )
-        if holders[weight.data_ptr()] > 1:
+        if hasattr(layer, "residual_of"):
             raise ValueError(
-                f"the weight of {name} is tied to another module's, which the residual mode would change too; use "
-                "mode='shadow' or leave it out of target_modules"
+                f"the base weight of {name} is the residual that the adapter {layer.residual_of!r} left behind; load "
+                "the base anew"
             )
+    tied = tied_layer(model, layers)
+    if tied is not None:
+        raise ValueError(
+            f"the weight of {tied} is tied to another module's, which the residual mode would change too; use "
+            "mode='shadow' or leave it out of target_modules"
+        )
+
+
+def tied_layer(model: PeftModel, layers: dict[str, LoraLayer]) -> str | None:
+    """The name of one of the layers whose base weight another module has, too; None if there is none."""
+    holders = Counter(
+        parameter.data_ptr()
+        for _, parameter in model.get_base_model().named_parameters(remove_duplicate=False)
+        if parameter.device.type != "meta"
+    )
+    return next((name for name, layer in layers.items() if holders[layer.get_base_layer().weight.data_ptr()] > 1), None)
 
 
 def is_quantised(layer: LoraLayer) -> bool:
