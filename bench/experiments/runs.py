@@ -6,8 +6,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import GPT2Tokenizer
-
 from loku.cli import main
 from loku.cli.run_folder import run_stage
 from loku.report import Run
@@ -15,14 +13,6 @@ from loku.report.curves import against
 from loku.report.grouping import group_runs
 from loku.report.metrics import metric
 from loku.report.style import style
-
-
-def gpt2_tokenizer(data: Path, output: Path) -> Path:
-    """The tokenizer of ``data/gpt2_tokenizer``, bare vocabulary and merges, as a folder that loads by itself."""
-    folder = output / "tokenizer"
-    if not folder.exists():
-        GPT2Tokenizer.from_pretrained(data / "gpt2_tokenizer").save_pretrained(folder)
-    return folder
 
 
 def command(folder: Path, name: str, *arguments: object) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench.experiments.runs import command, gpt2_tokenizer, report
+from bench.experiments.runs import command, report
 
 FORGET, UNSEEN = "tdec[0:32]", "tdec[32:64]"
 RETAIN, ALSO_READ, TEXT = "wikitext2:validation", "wikitext2:test[10:]", "wikitext2:test[0:10]"
@@ -53,7 +53,7 @@ def main() -> None:
     if options.model_config is None:
         options.model_config = options.output / "model.json"
         options.model_config.write_text(json.dumps(MODEL, indent=1))
-    tokenizer = gpt2_tokenizer(options.data, options.output)
+    tokenizer = options.data / "gpt2_tokenizer"
     data = ["--data_dir", options.data, "--max_length", 200]
     precision = ["--bf16", "true"] if torch.cuda.is_available() else []
     target = options.output / "target"

@@ -15,7 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench.experiments.runs import command, gpt2_tokenizer, report
+from bench.experiments.runs import command, report
 from bench.experiments.tdec import MODEL
 
 RETAIN = "full[0:200]"  # the first half of the questions of retain_perturbed
@@ -38,7 +38,7 @@ def main() -> None:
 
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "model.json").write_text(json.dumps(MODEL, indent=1))
-    tokenizer = gpt2_tokenizer(options.data, options.output)
+    tokenizer = options.data / "gpt2_tokenizer"
     data = ["--data_dir", options.data, "--prompt", "phi", "--max_length", 256]
     for name, train in (("target", [RETAIN, *OTHERS, options.forget]), ("reference", [RETAIN, *OTHERS])):
         command(

@@ -32,7 +32,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.experiments.pool import Job, Outcome, Pool
-from bench.experiments.runs import command, gpt2_tokenizer
+from bench.experiments.runs import command
 from bench.experiments.tdec import MODEL as SMALL_MODEL
 from bench.experiments.tofu import OTHERS
 from bench.experiments.tofu_figures import draw, point
@@ -80,7 +80,6 @@ def main() -> None:
     if options.model_config is None:
         options.model_config = options.output / "model.json"
         options.model_config.write_text(json.dumps(MODEL, indent=1))
-    gpt2_tokenizer(options.data, options.output)
     settings = [Setting(f, m, r) for r in options.ranks for f in options.forget for m in options.methods]
     stages: dict[str, float] = {}
     outcomes: list[Outcome] = []
@@ -153,7 +152,7 @@ def train(options: argparse.Namespace, name: str) -> str:
     """The target or the reference."""
     words = (
         "finetune",
-        *("--model_config", options.model_config, "--tokenizer", options.output / "tokenizer"),
+        *("--model_config", options.model_config, "--tokenizer", options.data / "gpt2_tokenizer"),
         *("--train", TRAINED_ON[name], *OTHERS, "--num_train_epochs", options.target_epochs, "--seed", options.seed),
         *("--learning_rate", options.target_learning_rate, "--lr_scheduler_type", "cosine", "--warmup_steps", 0.1),
         *("--per_device_train_batch_size", options.target_batch_size),
@@ -208,7 +207,7 @@ def measure_whole(options: argparse.Namespace, name: str, forget: str) -> None:
 
 
 def measure(options: argparse.Namespace, model: PreTrainedModel, forget: str) -> TofuLog:
-    tokenizer = _tokenizer(options.output / "tokenizer")
+    tokenizer = _tokenizer(options.output / "target" / "model")
     log: TofuLog = {}
     with _tensor_cores():
         for part, source in {**SOURCES, "forget": f"{forget}_perturbed"}.items():

@@ -19,7 +19,7 @@ from loku.cli.errors import CommandError
 from loku.cli.evaluate import EvaluateRun
 from loku.cli.finetune import FinetuneRun
 from loku.cli.importance import ImportanceRun
-from loku.cli.models import lora_config
+from loku.cli.models import load_tokenizer, lora_config
 from loku.cli.options import (
     AdapterOptions,
     DataOptions,
@@ -218,3 +218,12 @@ def test_commands_of_one_process_refuse_to_run_in_several(capsys, monkeypatch, c
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([command]) == 2
     assert f"loku {command} runs in one process" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_vocabulary_and_merges_alone(tmp_path):
+    """As GPT-2's is published, without a file that says which class it is."""
+    (tmp_path / "vocab.json").write_text('{"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    tokenizer = load_tokenizer(ModelOptions(tokenizer=str(tmp_path)))
+    assert tokenizer("abba")["input_ids"] == [3, 2, 1]
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0

@@ -12,7 +12,7 @@ import yaml
 from cli_setup import CONFIGS, FAMILIES, QUICK, logged, results, same_weights, shared_data
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loku.cli import unlearn
 from loku.evaluation import perplexity
@@ -296,11 +296,10 @@ def test_weights_are_stored_in_the_dtype_asked_for(workshop, loku, tmp_path, no_
 def test_real_data(loku, tmp_path, no_plots):
     """A new Llama with GPT-2's vocabulary, on TDEC's and TOFU's published files."""
     data = shared_data()
-    GPT2Tokenizer.from_pretrained(data / "gpt2_tokenizer").save_pretrained(tmp_path / "tokenizer")
     config = {"model_type": "llama", **CONFIGS["llama"], "hidden_size": 32, "max_position_embeddings": 256}
     (tmp_path / "model.json").write_text(json.dumps(config))
     quick = [*QUICK[: QUICK.index("--rank")], "--data_dir", data]
-    loku("finetune", "--model_config", tmp_path / "model.json", "--tokenizer", tmp_path / "tokenizer", "--train",
+    loku("finetune", "--model_config", tmp_path / "model.json", "--tokenizer", data / "gpt2_tokenizer", "--train",
          "tdec[0:4]", "forget01[0:4]", "--output_dir", tmp_path / "target", *quick)  # fmt: skip
     model = ["--model", tmp_path / "target" / "model", "--data_dir", data]
     sets = ["--forget", "tdec[0:1]", "--retain", "wikitext2:test[1:2]", "--text", "wikitext2:test[0:1]"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -13,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Tokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -83,12 +85,18 @@ def model_from_config(path: str, tokenizer: PreTrainedTokenizerBase, dtype: str)
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer, with its EOS for padding where it has no padding token, as the benchmarks do."""
+    """The tokenizer, with its EOS for padding where it has no padding token, as the benchmarks do.
+
+    A folder may hold GPT-2's as OpenAI published it, ``vocab.json`` and ``merges.txt`` alone.
+    """
     source = options.tokenizer or options.model
     if source is None:
         raise CommandError("--tokenizer or --model is required")
     with blaming(f"the tokenizer {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+        if Path(source).is_dir() and {file.name for file in Path(source).iterdir()} == {"vocab.json", "merges.txt"}:
+            tokenizer = GPT2Tokenizer.from_pretrained(source)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise CommandError(f"the tokenizer {source} has no EOS token, which ends every answer: set eos_token in it")
     if tokenizer.pad_token_id is None:
