@@ -19,6 +19,11 @@ class Example(TypedDict):
     labels: list[int]
 
 
+def is_question(record: Mapping[str, Any]) -> bool:
+    """Whether `tokenise` takes the record for a question with its answer, whatever other keys it has."""
+    return "input_ids" not in record and "question" in record and "answer" in record
+
+
 def tokenise(
     records: Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -105,7 +110,7 @@ def _examples(
         if len(labels) != len(input_ids):
             raise ValueError(f"{len(labels)} labels for {len(input_ids)} input_ids")
         return [_scored({"input_ids": input_ids, "labels": labels})]
-    if "question" in record and "answer" in record:
+    if is_question(record):
         question, answer = record["question"], record["answer"]
         return [answer_example(question, answer, tokenizer, template, max_length, truncation=truncation)]
     if "text" in record:
