@@ -133,7 +133,7 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
         (("--beta", "0.1"), "method 'ihl' has no option 'beta'"),
         (("--rank", "20"), "--rank 20 exceeds 16, the smaller side of model.layers.0.self_attn.k_proj"),
         (("--rank", "0"), "--rank must be positive, but is 0"),
-        (("--lora_dropout", "2"), "dropout probability"),
+        (("--lora_dropout", "2"), "--lora_dropout must be from 0 to below 1, but is 2.0"),
         (("--targets", "qkv"), "names no linear layer of the model, which has down_proj, gate_proj"),
         (("--evaluate_every", "0"), "--evaluate_every must be epoch or a number of steps"),
         (("--dtype", "float8"), "--dtype"),
@@ -142,10 +142,34 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
         (("--retain_log", "nowhere.json"), "--retain_log nowhere.json"),
         (("--learning_rate", "fast"), "learning_rate/--learning-rate: invalid float value: 'fast'"),
         (("--label_smoothing_factor", "0.1"), "label_smoothing_factor must be 0"),
+        (("--limit", "0"), "--limit must be positive, but is 0"),
+        (("--limit", "-3"), "--limit must be positive, but is -3"),
+        (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be positive, but is 0"),
+        (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be positive, but is 0"),
+        (("--learning_rate", "-1"), "--learning_rate must be finite and not negative, but is -1.0"),
+        (("--learning_rate", "nan"), "--learning_rate must be finite and not negative, but is nan"),
+        (("--seed", "-1"), "--seed must be from 0 to 2**32 - 1, but is -1"),
+        (("--fisher_batch_tokens", "0"), "--fisher_batch_tokens must be positive, but is 0"),
+        (("--eval_on_start", "true"), "--eval_on_start must be false, as the trainer has no evaluation set"),
+        (("--lr_scheduler_type", "warmup_stable_decay"), "--lr_scheduler_type warmup_stable_decay with"),
+        (("--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"end": 1}'), "unexpected keyword argument 'end'"),
     ],
 )
 def test_options_that_do_not_fit(unlearn_refused, options, message):
     assert message in unlearn_refused(*options)
+
+
+def test_options_of_other_commands_that_do_not_fit(workshop, refused, folder):
+    """One table for all of them, and nothing is written."""
+    model = ["--model", workshop / "llama", "--output_dir", folder]
+    assert "--limit must be positive" in refused("evaluate", *model, "--limit", "0")
+    line = refused("importance", *model, *workshop.questions, "--fisher_batch_tokens", "0")
+    assert "--fisher_batch_tokens must be positive, but is 0" in line
+    train = ["finetune", *model, "--train", workshop / "forget.jsonl", "--use_cpu"]
+    assert "--learning_rate must be finite" in refused(*train, "--learning_rate", "inf")
+    assert "warmup_stable_decay" in refused(*train, "--lr_scheduler_type", "warmup_stable_decay")
+    assert "--memorise_epochs must be positive" in refused("demo", "--output_dir", folder, "--memorise_epochs", "0")
+    assert not folder.exists()
 
 
 def test_tdec_without_a_goal(unlearn_refused, workshop):

@@ -48,10 +48,6 @@ class BenchmarkOptions:
     ma_threshold: float | None = option(None, "tdec: the goal for MA")
     retain_log: str | None = option(None, "tofu: log of the model trained without the forget set, for forget quality")
 
-    def __post_init__(self) -> None:
-        if self.evaluate_every != "epoch" and not (self.evaluate_every.isdigit() and int(self.evaluate_every) > 0):
-            raise CommandError(f"--evaluate_every must be epoch or a number of steps, but is {self.evaluate_every!r}")
-
 
 @dataclass(frozen=True)
 class _Questions:
@@ -80,8 +76,8 @@ class Benchmark:
     """Metrics of a model by name, and whether they say that it has forgotten.
 
     Always: mean loss of forget and retain examples (nats a token), and where some of their records are questions, the
-    ROUGE-L recall of the greedy answers to those. For ``tdec`` also MA and EL_10 of the forget sequences, for ``tofu`` model utility,
-    forget quality and their parts.
+    ROUGE-L recall of the greedy answers to those. For ``tdec`` also MA and EL_10 of the forget sequences, for ``tofu``
+    model utility, forget quality and their parts.
 
     Raises:
         CommandError: an option that the benchmark needs is missing, or does not fit it.

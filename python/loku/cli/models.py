@@ -98,8 +98,6 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
 
 def lora_config(model: nn.Module, options: AdapterOptions) -> LoraConfig:
     """PEFT's configuration of the adapter. Raises CommandError if the rank is not one that all targets can have."""
-    if options.rank < 1:
-        raise CommandError(f"--rank must be positive, but is {options.rank}")
     targets = target_modules(model, options.targets)
     for name, module in model.named_modules():
         if f".{name}".endswith(tuple(f".{target}" for target in targets)) and options.rank > min(module.weight.shape):
