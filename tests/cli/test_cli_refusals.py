@@ -34,6 +34,8 @@ def unlearn_refused(workshop, refused, folder):
         ('{"question": "Who?", "answer": "Ada"}\n{"question": "Wh', "line 2: not valid JSON"),
         ('{"question": "Who?"}\n', "record 1: expected question and answer, text, or input_ids"),
         ('{"question": "Who?", "answer": 3}\n', "answer must be a string, got 3"),
+        ('{"question": "Who? \\ud83d", "answer": "A"}\n', "question must be text, but '\\ud83d' at character 5"),
+        ('{"input_ids": [1, 2], "labels": ["x", 2]}\n', "labels must be a list of token ids"),
         ('["Who?"]\n', "expected a JSON object, got str"),
     ],
 )
@@ -79,7 +81,9 @@ def test_sequence_longer_than_the_context(unlearn_refused, workshop, tmp_path):
 
 def test_tokens_that_the_model_does_not_know(unlearn_refused, tmp_path):
     path = write_lines(tmp_path / "ids.jsonl", [{"input_ids": [1, 2, 50256]}])
-    assert "token id 50256" in unlearn_refused("--forget", path)
+    assert f"{path} has the token id 50256" in unlearn_refused("--forget", path)
+    path = write_lines(tmp_path / "labels.jsonl", [{"input_ids": [1, 2, 3], "labels": [-100, 2, 50256]}])
+    assert f"{path} has the label 50256" in unlearn_refused("--forget", path)
 
 
 def test_models_and_adapters_that_are_none(unlearn_refused, workshop, refused, tmp_path):

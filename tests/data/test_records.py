@@ -96,6 +96,18 @@ def test_own_files(tmp_path):
         (b'{"question": "a", "answer": ["b"]}\n', "record 1: answer must be a string"),
         (b'{"input_ids": [1, true]}\n', "record 1: input_ids must be a list of token ids"),
         (b'{"input_ids": []}\n', "record 1: input_ids must be a list of token ids, not empty"),
+        (b'{"input_ids": [1, 2], "labels": ["x", 2]}\n', "record 1: labels must be a list of token ids, and -100"),
+        (b'{"input_ids": [1, 2], "labels": [1, -2]}\n', "record 1: labels must be a list of token ids, and -100"),
+        (b'{"input_ids": [1, 2], "labels": 2}\n', "record 1: labels must be a list of token ids, and -100"),
+        (
+            rb'{"question": "Who? \ud83d", "answer": "A"}',
+            r"record 1: question must be text, but '\\ud83d' at character 5",
+        ),
+        (
+            rb'{"question": "Who?", "answer": "A \ude00"}',
+            r"record 1: answer must be text, but '\\ude00' at character 2",
+        ),
+        (b'{"text": "a", "question": "b", "answer": 3}\n', "record 1: answer must be a string, got 3"),
     ],
 )
 def test_damaged_files(tmp_path, content, message):
@@ -103,6 +115,12 @@ def test_damaged_files(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_records(str(path))
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(rb'{"text": "a \ud83d\ude00"}')
+    assert load_records(str(path)) == [{"text": "a \U0001f600"}]
 
 
 def test_a_damaged_split_is_no_reason_to_go_to_the_hub(tmp_path, hub):

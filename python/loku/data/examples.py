@@ -38,7 +38,7 @@ def tokenise(
     - ``text``: its tokens, with those that the tokenizer adds, in blocks of ``max_length``, all labelled. A record is
       a document: no block reaches into the next record, and a last block of one token, which would score nothing, is
       left out.
-    - ``input_ids``: as they are, all labelled; ``labels`` as given, where they are.
+    - ``input_ids``: as they are, all labelled; ``labels`` as given, where they are, and are not None.
 
     Args:
         tokenizer: not needed where all records have input_ids.
@@ -106,7 +106,8 @@ def _examples(
 ) -> list[Example]:
     if "input_ids" in record:
         input_ids = _fitted(list(record["input_ids"]), max_length, truncation)
-        labels = list(record.get("labels", input_ids))[: len(input_ids)]
+        given = record.get("labels")
+        labels = list(input_ids if given is None else given)[: len(input_ids)]
         if len(labels) != len(input_ids):
             raise ValueError(f"{len(labels)} labels for {len(input_ids)} input_ids")
         return [_scored({"input_ids": input_ids, "labels": labels})]
