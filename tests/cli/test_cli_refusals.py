@@ -32,7 +32,7 @@ def unlearn_refused(workshop, refused, folder):
         ("", "holds no records"),
         ("\n\n", "holds no records"),
         ('{"question": "Who?", "answer": "Ada"}\n{"question": "Wh', "line 2: not valid JSON"),
-        ('{"question": "Who?"}\n', "record 1: expected question and answer, text, or input_ids"),
+        ('{"question": "Who?"}\n', "line 1: expected question and answer, text, or input_ids"),
         ('{"question": "Who?", "answer": 3}\n', "answer must be a string, got 3"),
         ('{"question": "Who? \\ud83d", "answer": "A"}\n', "question must be text, but '\\ud83d' at character 5"),
         ('{"input_ids": [1, 2], "labels": ["x", 2]}\n', "labels must be a list of token ids"),
@@ -74,7 +74,8 @@ def test_tokenizer_without_eos(unlearn_refused, workshop, tmp_path):
 def test_sequence_longer_than_the_context(unlearn_refused, workshop, tmp_path):
     path = write_lines(tmp_path / "long.jsonl", [{"question": "Who?", "answer": "Ada " * 100}])
     line = unlearn_refused("--forget", path)
-    assert f"{path}: record 0: " in line and "max_length = 64" in line
+    assert f"{path}: line 1: " in line and "max_length = 64" in line
+    assert "raise max_length" in line
     assert "--max_length 65 exceeds the model's context of 64" in unlearn_refused("--max_length", "65")
     assert "max_length must be at least 2" in unlearn_refused("--max_length", "1")
 

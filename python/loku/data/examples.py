@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
+from loku.data.json_lines import place_of
 from loku.data.prompts import PROMPTS, PromptTemplate
 
 IGNORE_INDEX = -100
@@ -48,8 +49,9 @@ def tokenise(
             has no end-of-sequence label, as published with TOFU.
 
     Raises:
-        ValueError: a record has none of these keys, is longer than max_length, or has nothing to score (the record is
-            named); the tokenizer is missing or has no end-of-sequence token.
+        ValueError: a record has none of these keys, is longer than max_length, or has nothing to score (its line is
+            named where it is from a file, else its number, from 0); the tokenizer is missing or has no end-of-sequence
+            token.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")
@@ -59,7 +61,7 @@ def tokenise(
         try:
             found = _examples(record, tokenizer, template, max_length, truncation)
         except ValueError as error:
-            raise ValueError(f"record {number}: {error}") from error
+            raise ValueError(f"{place_of(record, number)}: {error}") from error
         examples.extend(found)
     return examples
 
@@ -140,8 +142,8 @@ def _fitted(input_ids: list[int], max_length: int | None, truncation: bool) -> l
         return input_ids
     if not truncation:
         raise ValueError(
-            f"{len(input_ids)} tokens, but max_length = {max_length} (the model's context, at most); shorten the "
-            "record, or allow truncation"
+            f"{len(input_ids)} tokens, but max_length = {max_length}: shorten the record, or raise max_length, to the "
+            "model's context at most"
         )
     return input_ids[:max_length]
 

@@ -73,10 +73,10 @@ def load_records(source: str, data_dir: str | Path | None = None) -> list[dict[s
 
 def _user_records(path: str) -> list[dict[str, Any]]:
     records = read_json_lines(path)
-    for number, record in enumerate(records, start=1):
+    for record in records:
         problem = _problem(record)
         if problem is not None:
-            raise ValueError(f"{path}, record {number}: {problem}")
+            raise ValueError(f"{path}, {record.place}: {problem}")
     return records
 
 
