@@ -258,6 +258,25 @@ def test_a_finished_run_is_not_overwritten(workshop, loku, refused, folder, no_p
     assert results(folder)["after"] == before["after"]
 
 
+def test_a_run_that_diverges_says_so(workshop, folder, capsys):
+    """What is not finite is null, and the report is written all the same."""
+    options = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--evaluate_every", "1"]
+    assert main([str(word) for word in workshop.unlearn("ga", folder, *options)]) == 0
+    warning = "loku: warning: forget_loss, retain_loss: not finite, and null in results.json"
+    assert warning in capsys.readouterr().err.splitlines()
+    assert results(folder)["after"] == {"forget_loss": None, "retain_loss": None}
+    assert "NaN" not in (folder / "results.json").read_text() and (folder / "report" / "report.html").exists()
+
+
+def test_an_evaluation_that_is_not_finite_says_so(workshop, folder, capsys, monkeypatch):
+    monkeypatch.setattr("loku.cli.evaluate.perplexity", lambda *args, **options: float("inf"))
+    path = str(workshop / "forget.jsonl")
+    words = ["evaluate", "--model", str(workshop / "llama"), "--text", path, "--output_dir", str(folder)]
+    assert main(words) == 0
+    assert f"loku: warning: {path} perplexity: not finite" in capsys.readouterr().err
+    assert results(folder)["after"] == {f"{path} perplexity": None}
+
+
 def test_our_own_mistakes_are_not_swallowed(workshop, folder, monkeypatch):
     def mistaken(*args):
         _first, _second = range(3)  # a ValueError

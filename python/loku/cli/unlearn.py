@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -173,6 +174,7 @@ def _finish(
     costs: Mapping[str, float],
 ) -> None:
     measured = Run.load(run.path)
+    after = {**dict.fromkeys(measured.not_finite, math.nan), **after}
     results = {"before": measured.before, "after": after, "thresholds": thresholds}
     run.write_results({**results, **costs_of(measured, trainer.state, costs)})
     finished = Run.load(run.path)
