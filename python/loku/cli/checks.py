@@ -1,4 +1,4 @@
-"""What options that are numbers may be: said before anything is loaded or written."""
+"""What options may be, where their types do not say: checked before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class _Check:
     holds: Callable[[Any], bool]
 
 
-_POSITIVE = _Check("positive", lambda value: 0 < value < math.inf)
+_POSITIVE = _Check("positive", lambda value: value > 0)
+_POSITIVE_NUMBER = _Check("positive and finite", lambda value: 0 < value < math.inf)
 _NOT_NEGATIVE = _Check("finite and not negative", lambda value: 0 <= value < math.inf)
 _FINITE = _Check("finite", math.isfinite)
 _DECAY = _Check("from 0 to below 1", lambda value: 0 <= value < 1)
@@ -40,7 +41,7 @@ _CHECKS = {
     "rank": _POSITIVE,
     "alpha": _FINITE,
     "lora_dropout": _DECAY,
-    "fila_eps": _POSITIVE,
+    "fila_eps": _POSITIVE_NUMBER,
     "fisher_memory_budget": _POSITIVE,
     "fisher_batch_tokens": _POSITIVE,
     "fisher_save_minutes": _NOT_NEGATIVE,
@@ -50,7 +51,7 @@ _CHECKS = {
     "per_device_train_batch_size": _POSITIVE,
     "gradient_accumulation_steps": _POSITIVE,
     "dataloader_num_workers": _NOT_NEGATIVE,
-    "num_train_epochs": _POSITIVE,
+    "num_train_epochs": _POSITIVE_NUMBER,
     "learning_rate": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
     "max_grad_norm": _NOT_NEGATIVE,
@@ -63,7 +64,7 @@ _CHECKS = {
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Raises CommandError, which names the option, if a value is none that the option may have; None is none given."""
+    """Raises CommandError, which names the option, if a value is none that its option may have. None: not given."""
     for name, check in _CHECKS.items():
         value = values.get(name)
         if value is not None and not check.holds(value):
