@@ -10,7 +10,7 @@ import torch
 import yaml
 from cli_setup import same_weights
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, OPTConfig
 
 import loku.cli.unlearn as unlearn_command
 from loku.cli import COMMANDS, main
@@ -19,7 +19,7 @@ from loku.cli.errors import CommandError
 from loku.cli.evaluate import EvaluateRun
 from loku.cli.finetune import FinetuneRun
 from loku.cli.importance import ImportanceRun
-from loku.cli.models import load_tokenizer, lora_config
+from loku.cli.models import load_tokenizer, lora_config, target_modules
 from loku.cli.options import (
     AdapterOptions,
     DataOptions,
@@ -211,6 +211,31 @@ def test_targets(workshop, family, targets):
     adapted = get_peft_model(model, config)
     head = adapted.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)  # never an adapter
+
+
+OPT = {"ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "word_embed_proj_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "attn", "mlp"),
+    [
+        (OPTConfig(vocab_size=20, **OPT), ATTENTION | {"out_proj"}, {"fc1", "fc2"}),  # not project_in and project_out
+        (
+            GPT2Config(vocab_size=20, n_embd=32, n_layer=1, n_head=2),
+            {"attn.c_attn", "attn.c_proj"},
+            {"mlp.c_fc", "mlp.c_proj"},
+        ),
+    ],
+)
+def test_targets_of_models_with_other_blocks(config, attn, mlp):
+    model = AutoModelForCausalLM.from_config(config)
+    assert set(target_modules(model, "attn")) == attn and set(target_modules(model, "mlp")) == mlp
+
+
+def test_no_mlp_beside_no_attention():
+    config = MambaConfig(vocab_size=20, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with pytest.raises(CommandError, match="--targets 'mlp' names no linear layer"):
+        target_modules(AutoModelForCausalLM.from_config(config), "mlp")
 
 
 @pytest.mark.parametrize("command", ["demo", "evaluate", "export", "report"])

@@ -32,8 +32,10 @@ def unlearn_refused(workshop, refused, folder):
         ("", "holds no records"),
         ("\n\n", "holds no records"),
         ('{"question": "Who?", "answer": "Ada"}\n{"question": "Wh', "line 2: not valid JSON"),
-        ('{"question": "Who?"}\n', "record 1: expected question and answer, text, or input_ids"),
+        ('{"question": "Who?"}\n', "line 1: expected question and answer, text, or input_ids"),
         ('{"question": "Who?", "answer": 3}\n', "answer must be a string, got 3"),
+        ('{"question": "Who? \\ud83d", "answer": "A"}\n', "question must be text, but '\\ud83d' at character 5"),
+        ('{"input_ids": [1, 2], "labels": ["x", 2]}\n', "labels must be a list of token ids"),
         ('["Who?"]\n', "expected a JSON object, got str"),
     ],
 )
@@ -72,14 +74,17 @@ def test_tokenizer_without_eos(unlearn_refused, workshop, tmp_path):
 def test_sequence_longer_than_the_context(unlearn_refused, workshop, tmp_path):
     path = write_lines(tmp_path / "long.jsonl", [{"question": "Who?", "answer": "Ada " * 100}])
     line = unlearn_refused("--forget", path)
-    assert f"{path}: record 0: " in line and "max_length = 64" in line
+    assert f"{path}: line 1: " in line and "max_length = 64" in line
+    assert "raise max_length" in line
     assert "--max_length 65 exceeds the model's context of 64" in unlearn_refused("--max_length", "65")
     assert "max_length must be at least 2" in unlearn_refused("--max_length", "1")
 
 
 def test_tokens_that_the_model_does_not_know(unlearn_refused, tmp_path):
     path = write_lines(tmp_path / "ids.jsonl", [{"input_ids": [1, 2, 50256]}])
-    assert "token id 50256" in unlearn_refused("--forget", path)
+    assert f"{path} has the token id 50256" in unlearn_refused("--forget", path)
+    path = write_lines(tmp_path / "labels.jsonl", [{"input_ids": [1, 2, 3], "labels": [-100, 2, 50256]}])
+    assert f"{path} has the label 50256" in unlearn_refused("--forget", path)
 
 
 def test_models_and_adapters_that_are_none(unlearn_refused, workshop, refused, tmp_path):
@@ -133,7 +138,7 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
         (("--beta", "0.1"), "method 'ihl' has no option 'beta'"),
         (("--rank", "20"), "--rank 20 exceeds 16, the smaller side of model.layers.0.self_attn.k_proj"),
         (("--rank", "0"), "--rank must be positive, but is 0"),
-        (("--lora_dropout", "2"), "dropout probability"),
+        (("--lora_dropout", "2"), "--lora_dropout must be from 0 to below 1, but is 2.0"),
         (("--targets", "qkv"), "names no linear layer of the model, which has down_proj, gate_proj"),
         (("--evaluate_every", "0"), "--evaluate_every must be epoch or a number of steps"),
         (("--dtype", "float8"), "--dtype"),
@@ -142,10 +147,34 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
         (("--retain_log", "nowhere.json"), "--retain_log nowhere.json"),
         (("--learning_rate", "fast"), "learning_rate/--learning-rate: invalid float value: 'fast'"),
         (("--label_smoothing_factor", "0.1"), "label_smoothing_factor must be 0"),
+        (("--limit", "0"), "--limit must be positive, but is 0"),
+        (("--limit", "-3"), "--limit must be positive, but is -3"),
+        (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be positive, but is 0"),
+        (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be positive, but is 0"),
+        (("--learning_rate", "-1"), "--learning_rate must be finite and not negative, but is -1.0"),
+        (("--learning_rate", "nan"), "--learning_rate must be finite and not negative, but is nan"),
+        (("--seed", "-1"), "--seed must be from 0 to 2**32 - 1, but is -1"),
+        (("--fisher_batch_tokens", "0"), "--fisher_batch_tokens must be positive, but is 0"),
+        (("--eval_on_start", "true"), "--eval_on_start must be false, as the trainer has no evaluation set"),
+        (("--lr_scheduler_type", "warmup_stable_decay"), "--lr_scheduler_type warmup_stable_decay with"),
+        (("--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"end": 1}'), "unexpected keyword argument 'end'"),
     ],
 )
 def test_options_that_do_not_fit(unlearn_refused, options, message):
     assert message in unlearn_refused(*options)
+
+
+def test_options_of_other_commands_that_do_not_fit(workshop, refused, folder):
+    """One table for all of them, and nothing is written."""
+    model = ["--model", workshop / "llama", "--output_dir", folder]
+    assert "--limit must be positive" in refused("evaluate", *model, "--limit", "0")
+    line = refused("importance", *model, *workshop.questions, "--fisher_batch_tokens", "0")
+    assert "--fisher_batch_tokens must be positive, but is 0" in line
+    train = ["finetune", *model, "--train", workshop / "forget.jsonl", "--use_cpu"]
+    assert "--learning_rate must be finite" in refused(*train, "--learning_rate", "inf")
+    assert "warmup_stable_decay" in refused(*train, "--lr_scheduler_type", "warmup_stable_decay")
+    assert "--memorise_epochs must be positive" in refused("demo", "--output_dir", folder, "--memorise_epochs", "0")
+    assert not folder.exists()
 
 
 def test_tdec_without_a_goal(unlearn_refused, workshop):
@@ -227,6 +256,25 @@ def test_a_finished_run_is_not_overwritten(workshop, loku, refused, folder, no_p
     assert results(folder) == before
     loku(*words, "--resume", "--save_strategy", "no")  # from the start, as there is no checkpoint
     assert results(folder)["after"] == before["after"]
+
+
+def test_a_run_that_diverges_says_so(workshop, folder, capsys):
+    """What is not finite is null, and the report is written all the same."""
+    options = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--evaluate_every", "1"]
+    assert main([str(word) for word in workshop.unlearn("ga", folder, *options)]) == 0
+    warning = "loku: warning: forget_loss, retain_loss: not finite, and null in results.json"
+    assert warning in capsys.readouterr().err.splitlines()
+    assert results(folder)["after"] == {"forget_loss": None, "retain_loss": None}
+    assert "NaN" not in (folder / "results.json").read_text() and (folder / "report" / "report.html").exists()
+
+
+def test_an_evaluation_that_is_not_finite_says_so(workshop, folder, capsys, monkeypatch):
+    monkeypatch.setattr("loku.cli.evaluate.perplexity", lambda *args, **options: float("inf"))
+    path = str(workshop / "forget.jsonl")
+    words = ["evaluate", "--model", str(workshop / "llama"), "--text", path, "--output_dir", str(folder)]
+    assert main(words) == 0
+    assert f"loku: warning: {path} perplexity: not finite" in capsys.readouterr().err
+    assert results(folder)["after"] == {f"{path} perplexity": None}
 
 
 def test_our_own_mistakes_are_not_swallowed(workshop, folder, monkeypatch):

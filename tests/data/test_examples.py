@@ -70,11 +70,9 @@ def test_texts_are_cut_into_blocks_that_stay_in_their_record():
 
 
 def test_token_ids_are_taken_as_they_are():
-    records = [{"input_ids": [5, 6, 7]}, {"input_ids": [5, 6, 7], "labels": [X, X, 7]}]
-    assert tokenise(records) == [
-        {"input_ids": [5, 6, 7], "labels": [5, 6, 7]},
-        {"input_ids": [5, 6, 7], "labels": [X, X, 7]},
-    ]
+    whole, last = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [5, 6, 7], "labels": [X, X, 7]}
+    assert tokenise([{"input_ids": [5, 6, 7]}, {"input_ids": [5, 6, 7], "labels": None}]) == [whole, whole]
+    assert tokenise([last]) == [last]
 
 
 def test_too_long():

@@ -7,9 +7,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from data_helpers import shared_data
+from data_helpers import shared_data, word_tokenizer
 
-from loku.data import DEFAULT_REFUSALS, TOFU_SPLITS, load_records, load_refusals, read_json_lines, with_refusals
+from loku.data import (
+    DEFAULT_REFUSALS,
+    TOFU_SPLITS,
+    load_records,
+    load_refusals,
+    read_json_lines,
+    tokenise,
+    with_refusals,
+)
 
 TDEC = ("preprefix", "prefix", "suffix")
 SEQUENCES = np.arange(3 * 200, dtype=np.uint16).reshape(3, 200) + 50000
@@ -91,11 +99,23 @@ def test_own_files(tmp_path):
         (b'{"text": "a"}\n\n{"text": "b"}{}\n', "line 3: not valid JSON"),
         (b'{"text": "a"}\n3\n', "line 2: expected a JSON object, got int"),
         (b'{"text": "a"}\n{"text": "\xff"}', "not UTF-8"),
-        (b'{"text": "a"}\n{"question": "b"}\n', r"record 2: expected question and answer, .* keys \['question'\]"),
-        (b'{"text": null}\n', "record 1: text must be a string, got None"),
-        (b'{"question": "a", "answer": ["b"]}\n', "record 1: answer must be a string"),
-        (b'{"input_ids": [1, true]}\n', "record 1: input_ids must be a list of token ids"),
-        (b'{"input_ids": []}\n', "record 1: input_ids must be a list of token ids, not empty"),
+        (b'{"text": "a"}\n{"question": "b"}\n', r"line 2: expected question and answer, .* keys \['question'\]"),
+        (b'{"text": null}\n', "line 1: text must be a string, got None"),
+        (b'{"question": "a", "answer": ["b"]}\n', "line 1: answer must be a string"),
+        (b'{"input_ids": [1, true]}\n', "line 1: input_ids must be a list of token ids"),
+        (b'{"input_ids": []}\n', "line 1: input_ids must be a list of token ids, not empty"),
+        (b'{"input_ids": [1, 2], "labels": ["x", 2]}\n', "line 1: labels must be a list of token ids, and -100"),
+        (b'{"input_ids": [1, 2], "labels": [1, -2]}\n', "line 1: labels must be a list of token ids, and -100"),
+        (b'{"input_ids": [1, 2], "labels": 2}\n', "line 1: labels must be a list of token ids, and -100"),
+        (
+            rb'{"question": "Who? \ud83d", "answer": "A"}',
+            r"line 1: question must be text, but '\\ud83d' at character 5",
+        ),
+        (
+            rb'{"question": "Who?", "answer": "A \ude00"}',
+            r"line 1: answer must be text, but '\\ude00' at character 2",
+        ),
+        (b'{"text": "a", "question": "b", "answer": 3}\n', "line 1: answer must be a string, got 3"),
     ],
 )
 def test_damaged_files(tmp_path, content, message):
@@ -103,6 +123,31 @@ def test_damaged_files(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_records(str(path))
+
+
+def test_the_line_is_named_by_all_who_find_fault(tmp_path):
+    """Blank lines count, and rows that are left out."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "a b"}\n\n{"text": "a b"}\n\n{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"^line 5: nothing to score in a text of 1 tokens"):
+        tokenise(load_records(f"{path}[1:]"), word_tokenizer())
+    with pytest.raises(ValueError, match=r"^line 3: only a question can be refused"):
+        with_refusals(load_records(f"{path}[1:]"))
+    path.write_text('\n{"question": "who", "answer": "Ada"}\n')
+    with pytest.raises(ValueError, match=r"^line 2: 6 tokens, but max_length = 5"):
+        tokenise(with_refusals(load_records(str(path)), ["a b c"]), word_tokenizer(), max_length=5)
+    path.write_text('{"text": "a"}\n\n{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"mine.jsonl, line 3: text must be a string"):
+        load_records(str(path))
+    path.write_text('[{"text": "a b"}, {"text": "a"}]')
+    with pytest.raises(ValueError, match=r"^item 1: nothing to score"):
+        tokenise(load_records(str(path)), word_tokenizer())
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(rb'{"text": "a \ud83d\ude00"}')
+    assert load_records(str(path)) == [{"text": "a \U0001f600"}]
 
 
 def test_a_damaged_split_is_no_reason_to_go_to_the_hub(tmp_path, hub):

@@ -170,7 +170,7 @@ def test_parts_and_records_are_checked(model, tokenizer, data_dir):
     assert log["eval_log_forget.json"]["generated_text"]["0"][0].startswith("What")  # "plain", which a GPT-Neo gets
     with pytest.raises(ValueError, match=r"sources must have some of the parts retain, .* got author"):
         evaluate_tofu(model, tokenizer, sources={"author": "full"}, data_dir=data_dir)
-    with pytest.raises(ValueError, match="record 0 of the forget source has no paraphrased_answer"):
+    with pytest.raises(ValueError, match="line 1 of the forget source has no paraphrased_answer"):
         evaluate_tofu(model, tokenizer, sources={"forget": "forget01"}, data_dir=data_dir)
     with pytest.raises(ValueError, match=r"prompt must be one of .*phi.* got 'gpt'"):
         evaluate_tofu(model, tokenizer, "gpt", data_dir=data_dir)

@@ -32,6 +32,17 @@ def test_a_run_killed_before_its_second_evaluation_has_no_after(tmp_path):
     assert run.before["el_10"] == 0.9 and run.after == {}
 
 
+def test_after_a_run_that_diverged_there_is_nothing(tmp_path):
+    """Rather than what was measured while all was well."""
+    lost = {"eval_el_10": None, "eval_ma": 0.1, "eval_perplexity": None}
+    run = Run.load(make_run(tmp_path / "half", log=[*TDEC_LOG, {"step": 6, **lost}]))
+    assert run.after == {"ma": 0.1} and run.not_finite == ["el_10", "perplexity"]
+    run = Run.load(make_run(tmp_path / "run", log=[*TDEC_LOG, {"step": 6, **lost, "eval_ma": None}]))
+    assert run.after == {} and run.not_finite == ["el_10", "ma", "perplexity"]
+    assert Run.load(make_run(tmp_path / "well")).not_finite == []
+    assert Run.load(make_run(tmp_path / "unmeasured", log=TDEC_LOG[1:2])).not_finite == []
+
+
 def test_truncated_last_line_is_skipped_with_a_warning(tmp_path):
     folder = make_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loku.cli.data import Tokenised
 from loku.cli.errors import CommandError, blaming
 from loku.cli.options import option
-from loku.data import Example
+from loku.data import TOFU_SPLITS, Example, is_question
 from loku.evaluation import (
     TdecThresholds,
     TofuLog,
@@ -48,17 +48,36 @@ class BenchmarkOptions:
     ma_threshold: float | None = option(None, "tdec: the goal for MA")
     retain_log: str | None = option(None, "tofu: log of the model trained without the forget set, for forget quality")
 
-    def __post_init__(self) -> None:
-        if self.evaluate_every != "epoch" and not (self.evaluate_every.isdigit() and int(self.evaluate_every) > 0):
-            raise CommandError(f"--evaluate_every must be epoch or a number of steps, but is {self.evaluate_every!r}")
+
+@dataclass(frozen=True)
+class _Questions:
+    """Those of a source's records that are questions, and the most tokens of one with its generated answer."""
+
+    records: list[dict[str, Any]]
+    length: int
+
+    @classmethod
+    def of(cls, records: Sequence[dict[str, Any]], sources: Tokenised, source: str) -> _Questions:
+        """TOFU's length was published for its own splits; other answers may take as many tokens as the true ones."""
+        questions = [record for record in records if is_question(record)]
+        if source.partition("[")[0] in TOFU_SPLITS:
+            return cls(questions, min(TOFU_LENGTH, sources.max_length))
+        lengths = [len(example["input_ids"]) for example in sources.tokenise(questions, source)]
+        return cls(questions, max(lengths, default=0))
+
+    def rouge(self, model: nn.Module, sources: Tokenised) -> float:
+        """Mean ROUGE-L recall of the greedy answers."""
+        prompts = [sources.prompt.question(record["question"]) for record in self.records]
+        found = generate_greedily(model, sources.tokenizer, prompts, max_length=self.length)
+        return fmean(rouge_recall(found, [record["answer"] for record in self.records])["rougeL_recall"])
 
 
 class Benchmark:
     """Metrics of a model by name, and whether they say that it has forgotten.
 
-    Always: mean loss of forget and retain examples (nats a token), and where their records are questions, the ROUGE-L
-    recall of the greedy answers. For ``tdec`` also MA and EL_10 of the forget sequences, for ``tofu`` model utility,
-    forget quality and their parts.
+    Always: mean loss of forget and retain examples (nats a token), and where some of their records are questions, the
+    ROUGE-L recall of the greedy answers to those. For ``tdec`` also MA and EL_10 of the forget sequences, for ``tofu``
+    model utility, forget quality and their parts.
 
     Raises:
         CommandError: an option that the benchmark needs is missing, or does not fit it.
@@ -69,8 +88,9 @@ class Benchmark:
     ) -> None:
         self.options, self.sources, self.forget = options, sources, forget
         named = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
-        self.records = {part: sources.records(source)[: options.limit] for part, source in named.items()}
-        self.examples = {part: sources.tokenise(records, named[part]) for part, records in self.records.items()}
+        records = {part: sources.records(source)[: options.limit] for part, source in named.items()}
+        self.examples = {part: sources.tokenise(records[part], named[part]) for part in named}
+        self.questions = {part: _Questions.of(records[part], sources, named[part]) for part in named}
         self.text = None if options.text is None else sources.examples(options.text)
         self.retain_log = None if options.retain_log is None else tofu_log(options.retain_log)
         self.goal = None
@@ -95,8 +115,8 @@ class Benchmark:
         metrics = {}
         for part, examples in self.examples.items():
             metrics[f"{part}_loss"] = sequence_losses(model, examples).mean.mean().item()
-            if "question" in self.records[part][0]:
-                metrics[f"{part}_rouge"] = self._answers(model, self.records[part])
+            if self.questions[part].records:
+                metrics[f"{part}_rouge"] = self.questions[part].rouge(model, self.sources)
         if self.text is not None:
             metrics["perplexity"] = perplexity(model, self.text)
         if self.options.benchmark == "tdec":
@@ -122,13 +142,6 @@ class Benchmark:
         if given != (None, None) or self.options.unseen is None:
             raise CommandError("--benchmark tdec needs --unseen, or both of --el_threshold and --ma_threshold")
         return tdec_thresholds(model, sequences_of(self.sources.examples(self.options.unseen), self.options.unseen))
-
-    def _answers(self, model: nn.Module, records: Sequence[Mapping[str, str]]) -> float:
-        """Mean ROUGE-L recall of the greedy answers."""
-        prompts = [self.sources.prompt.question(record["question"]) for record in records]
-        length = min(TOFU_LENGTH, self.sources.max_length)
-        found = generate_greedily(model, self.sources.tokenizer, prompts, max_length=length)
-        return fmean(rouge_recall(found, [record["answer"] for record in records])["rougeL_recall"])
 
     def _tdec(self, model: nn.Module) -> dict[str, float]:
         """EL_10 takes far longer than MA, and both must come down: so but for the first time it waits for MA."""

@@ -72,8 +72,10 @@ class Tokenised:
         """Raises CommandError where a record is at fault, or has tokens that the model does not know."""
         with blaming(source):
             examples = tokenise(records, self.tokenizer, self.prompt, self.max_length)
-        if examples and (highest := max(max(example["input_ids"]) for example in examples)) >= self.vocabulary:
-            raise CommandError(f"{source} has the token id {highest}, but the model knows {self.vocabulary} tokens")
+        for key, what in (("input_ids", "token id"), ("labels", "label")):
+            highest = max((max(example[key]) for example in examples), default=0)
+            if highest >= self.vocabulary:
+                raise CommandError(f"{source} has the {what} {highest}, but the model knows {self.vocabulary} tokens")
         return examples
 
 

@@ -106,8 +106,6 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
 
 def lora_config(model: nn.Module, options: AdapterOptions) -> LoraConfig:
     """PEFT's configuration of the adapter. Raises CommandError if the rank is not one that all targets can have."""
-    if options.rank < 1:
-        raise CommandError(f"--rank must be positive, but is {options.rank}")
     targets = target_modules(model, options.targets)
     for name, module in model.named_modules():
         if f".{name}".endswith(tuple(f".{target}" for target in targets)) and options.rank > min(module.weight.shape):
@@ -126,15 +124,18 @@ def lora_config(model: nn.Module, options: AdapterOptions) -> LoraConfig:
 def target_modules(model: nn.Module, targets: str) -> list[str]:
     """The linear layers meant: ``all`` but the head, those in attention blocks (``attn``), in MLPs, or as named.
 
+    Some models, such as OPT, have no block for the MLP: there it is what stands in the decoder layers beside attention.
+
     Raises CommandError if there is none.
     """
     head = model.get_output_embeddings()
     linear = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]
-    if targets in ("attn", "mlp"):
-        parts = _ATTENTION if targets == "attn" else _MLP
-        chosen = [name for name in linear if any(part in block for block in name.split(".")[:-1] for part in parts)]
+    if targets == "attn":
+        chosen = _within(linear, _ATTENTION)
+    elif targets == "mlp":
+        chosen = _within(linear, _MLP) or _beside_attention(linear)
     elif targets == "all":
         chosen = linear
     else:
@@ -144,6 +145,19 @@ def target_modules(model: nn.Module, targets: str) -> list[str]:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise CommandError(f"--targets {targets!r} names no linear layer of the model, which has {kinds}")
     return _short_names(chosen, [name for name, _ in model.named_modules()])
+
+
+def _within(names: list[str], parts: tuple[str, ...]) -> list[str]:
+    """Those in a block whose name has one of the parts."""
+    return [name for name in names if any(part in block for block in name.split(".")[:-1] for part in parts)]
+
+
+def _beside_attention(names: list[str]) -> list[str]:
+    """Those that stand in a layer, which is a number in their names, but in none of its attention blocks."""
+    attention = _within(names, _ATTENTION)
+    if not attention:
+        return []  # in Mamba, say, what stands in the layers is no MLP
+    return [name for name in names if name not in attention and any(map(str.isdecimal, name.split(".")))]
 
 
 def _short_names(chosen: list[str], names: list[str]) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,12 @@ class RunFolder:
         write_json_lines(self / "metrics.jsonl", [*self.lines(), metrics])
 
     def write_results(self, results: Mapping[str, Any]) -> None:
+        """Metrics of the model that the run ends with that are not finite become null, with a warning that says so."""
+        after = results.get("after", {})
+        lost = [name for name, value in after.items() if value is not None and not math.isfinite(value)]
+        if lost:
+            results = {**results, "after": {**after, **dict.fromkeys(lost)}}
+            print(f"loku: warning: {', '.join(lost)}: not finite, and null in results.json", file=sys.stderr)
         write_json(self / "results.json", results)
 
 

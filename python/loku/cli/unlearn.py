@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from loku.cli.benchmarks import Benchmark, BenchmarkOptions
+from loku.cli.checks import check_schedule
 from loku.cli.data import Tokenised
 from loku.cli.errors import CommandError, blaming
 from loku.cli.importance import fila_config, row_weights
@@ -72,6 +74,7 @@ def main(argv: list[str]) -> None:
     method = args.unlearning_method()
     measured = method.fila and importance.importance is None  # which compares the two sets, whatever the loss does
     _check_sources(unlearn, (*method.roles, Role.RETAIN) if measured else method.roles)
+    check_schedule(args)
     run = RunFolder(args.output_dir, unlearn.resume, writes=args.process_index == 0)
 
     set_seed(args.seed)
@@ -171,6 +174,7 @@ def _finish(
     costs: Mapping[str, float],
 ) -> None:
     measured = Run.load(run.path)
+    after = {**dict.fromkeys(measured.not_finite, math.nan), **after}
     results = {"before": measured.before, "after": after, "thresholds": thresholds}
     run.write_results({**results, **costs_of(measured, trainer.state, costs)})
     finished = Run.load(run.path)

@@ -10,7 +10,7 @@ loader = DataLoader(pairs, batch_size=8, shuffle=True, collate_fn=collator)
 
 from loku.data.batching import token_budget_batches
 from loku.data.collate import MODEL_INPUTS, LanguageModelCollator, UnlearningCollator, first_fit
-from loku.data.examples import IGNORE_INDEX, Example, answer_example, tokenise
+from loku.data.examples import IGNORE_INDEX, Example, answer_example, is_question, tokenise
 from loku.data.json_lines import read_json_lines
 from loku.data.packing import packing_is_exact
 from loku.data.pairing import PairedDataset
@@ -33,6 +33,7 @@ __all__ = [
     "UnlearningCollator",
     "answer_example",
     "first_fit",
+    "is_question",
     "load_records",
     "load_refusals",
     "packing_is_exact",

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
+from loku.data.json_lines import place_of
 from loku.data.prompts import PROMPTS, PromptTemplate
 
 IGNORE_INDEX = -100
@@ -17,6 +18,11 @@ class Example(TypedDict):
 
     input_ids: list[int]
     labels: list[int]
+
+
+def is_question(record: Mapping[str, Any]) -> bool:
+    """Whether `tokenise` takes the record for a question with its answer, whatever other keys it has."""
+    return "input_ids" not in record and "question" in record and "answer" in record
 
 
 def tokenise(
@@ -33,7 +39,7 @@ def tokenise(
     - ``text``: its tokens, with those that the tokenizer adds, in blocks of ``max_length``, all labelled. A record is
       a document: no block reaches into the next record, and a last block of one token, which would score nothing, is
       left out.
-    - ``input_ids``: as they are, all labelled; ``labels`` as given, where they are.
+    - ``input_ids``: as they are, all labelled; ``labels`` as given, where they are, and are not None.
 
     Args:
         tokenizer: not needed where all records have input_ids.
@@ -43,8 +49,9 @@ def tokenise(
             has no end-of-sequence label, as published with TOFU.
 
     Raises:
-        ValueError: a record has none of these keys, is longer than max_length, or has nothing to score (the record is
-            named); the tokenizer is missing or has no end-of-sequence token.
+        ValueError: a record has none of these keys, is longer than max_length, or has nothing to score (its line is
+            named where it is from a file, else its number, from 0); the tokenizer is missing or has no end-of-sequence
+            token.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")
@@ -54,7 +61,7 @@ def tokenise(
         try:
             found = _examples(record, tokenizer, template, max_length, truncation)
         except ValueError as error:
-            raise ValueError(f"record {number}: {error}") from error
+            raise ValueError(f"{place_of(record, number)}: {error}") from error
         examples.extend(found)
     return examples
 
@@ -101,11 +108,12 @@ def _examples(
 ) -> list[Example]:
     if "input_ids" in record:
         input_ids = _fitted(list(record["input_ids"]), max_length, truncation)
-        labels = list(record.get("labels", input_ids))[: len(input_ids)]
+        given = record.get("labels")
+        labels = list(input_ids if given is None else given)[: len(input_ids)]
         if len(labels) != len(input_ids):
             raise ValueError(f"{len(labels)} labels for {len(input_ids)} input_ids")
         return [_scored({"input_ids": input_ids, "labels": labels})]
-    if "question" in record and "answer" in record:
+    if is_question(record):
         question, answer = record["question"], record["answer"]
         return [answer_example(question, answer, tokenizer, template, max_length, truncation=truncation)]
     if "text" in record:
@@ -134,8 +142,8 @@ def _fitted(input_ids: list[int], max_length: int | None, truncation: bool) -> l
         return input_ids
     if not truncation:
         raise ValueError(
-            f"{len(input_ids)} tokens, but max_length = {max_length} (the model's context, at most); shorten the "
-            "record, or allow truncation"
+            f"{len(input_ids)} tokens, but max_length = {max_length}: shorten the record, or raise max_length, to the "
+            "model's context at most"
         )
     return input_ids[:max_length]
 

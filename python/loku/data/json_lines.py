@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
-def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+class Record(dict[str, Any]):
+    """A dict that remembers its place in a file, for what is found wrong with it later: "line 3", or "item 0"."""
+
+    def __init__(self, values: Mapping[str, Any], place: str) -> None:
+        super().__init__(values)
+        self.place = place
+
+
+def place_of(record: Mapping[str, Any], number: int) -> str:
+    """Where it stands in its file, else its ``number`` among the records of its source."""
+    return record.place if isinstance(record, Record) else f"record {number}"
+
+
+def read_json_lines(path: str | Path) -> list[Record]:
     """The objects of a JSON-lines file, one a line (blank lines are skipped), or of a file with one JSON array.
 
     Raises:
@@ -32,7 +46,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, {where}: expected a JSON object, got {type(record).__name__}")
     if not records:
         raise ValueError(f"{path}: the file holds no records")
-    return list(records.values())
+    return [Record(values, place) for place, values in records.items()]
 
 
 def _parse(text: str, path: Path, where: str) -> Any:

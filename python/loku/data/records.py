@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import load_dataset
 
+from loku.data.examples import IGNORE_INDEX, is_question
 from loku.data.json_lines import read_json_lines
 
 TOFU_SPLITS = (
@@ -72,24 +73,37 @@ def load_records(source: str, data_dir: str | Path | None = None) -> list[dict[s
 
 def _user_records(path: str) -> list[dict[str, Any]]:
     records = read_json_lines(path)
-    for number, record in enumerate(records, start=1):
+    for record in records:
         problem = _problem(record)
         if problem is not None:
-            raise ValueError(f"{path}, record {number}: {problem}")
+            raise ValueError(f"{path}, {record.place}: {problem}")
     return records
 
 
 def _problem(record: Mapping[str, Any]) -> str | None:
     if "input_ids" in record:
-        tokens = record["input_ids"]
-        whole = isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
-        return None if whole and tokens else "input_ids must be a list of token ids, not empty"
-    keys = ("text",) if "text" in record else ("question", "answer")
-    missing = [key for key in keys if key not in record]
-    if missing:
+        return _problem_of_tokens(record["input_ids"], record.get("labels"))
+    keys = ("question", "answer") if is_question(record) else ("text",)
+    if any(key not in record for key in keys):
         return f"expected question and answer, text, or input_ids, got the keys {sorted(record)}"
-    wrong = [key for key in keys if not isinstance(record[key], str)]
-    return f"{wrong[0]} must be a string, got {record[wrong[0]]!r}" if wrong else None
+    for key in keys:
+        if not isinstance(record[key], str):
+            return f"{key} must be a string, got {record[key]!r}"
+        if half := re.search("[\ud800-\udfff]", record[key]):
+            return f"{key} must be text, but {half[0]!a} at character {half.start()} is half of a surrogate pair"
+    return None
+
+
+def _problem_of_tokens(input_ids: Any, labels: Any) -> str | None:
+    if not _are_numbers(input_ids) or not input_ids or min(input_ids) < 0:
+        return "input_ids must be a list of token ids, not empty"
+    if labels is not None and not (_are_numbers(labels) and all(x >= 0 or x == IGNORE_INDEX for x in labels)):
+        return f"labels must be a list of token ids, and {IGNORE_INDEX} where nothing is scored"
+    return None
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 def _tofu(split: str, folder: Path | None) -> list[dict[str, Any]]:

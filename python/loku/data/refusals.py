@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loku.data.json_lines import Record, place_of
+
 DEFAULT_REFUSALS = (
     "I don't know.",
     "I don't know the answer to that.",
@@ -44,8 +46,9 @@ def with_refusals(
         raise ValueError("refusals must not be empty")
     preferred = []
     for number, record in enumerate(records):
+        place = place_of(record, number)
         if "question" not in record:
-            raise ValueError(f"record {number}: only a question can be refused, got the keys {sorted(record)}")
+            raise ValueError(f"{place}: only a question can be refused, got the keys {sorted(record)}")
         answer = random.Random(f"{seed} {number}").choice(refusals)
-        preferred.append({"question": record["question"], "answer": answer})
+        preferred.append(Record({"question": record["question"], "answer": answer}, place))
     return preferred

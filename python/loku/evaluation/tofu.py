@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loku.data.examples import answer_example
+from loku.data.json_lines import place_of
 from loku.data.prompts import PROMPTS, PromptTemplate, prompt_for
 from loku.data.records import load_records
 from loku.evaluation.generation import generate_greedily, rouge_recall
@@ -149,5 +150,6 @@ def _checked(record: Mapping[str, Any], part: str, index: int) -> Mapping[str, A
     paraphrase = () if part in ("real_authors", "world_facts") else ("paraphrased_answer",)
     for field in ("question", "answer", *paraphrase, "perturbed_answer"):
         if not record.get(field):
-            raise ValueError(f"record {index} of the {part} source has no {field}; its perturbed split is expected")
+            place = place_of(record, index)
+            raise ValueError(f"{place} of the {part} source has no {field}; its perturbed split is expected")
     return record

@@ -77,13 +77,15 @@ class Run:
 
     @property
     def evaluations(self) -> dict[int, dict[str, float]]:
-        """Metrics (without the prefix ``eval_``) at each step at which the model was evaluated."""
-        found = {}
-        for row in self.metrics:
-            keys = [key for key in row if key.startswith(_PREFIX) and not _NO_EVALUATION.fullmatch(key)]
-            if values := _numbers({key.removeprefix(_PREFIX): row[key] for key in keys}):
-                found[row["step"]] = with_logarithm(values)
-        return found
+        """Metrics (without the prefix ``eval_``) at each step at which the model was evaluated; those that were not
+        finite, which the log has as null, are left out."""
+        return {step: with_logarithm(_numbers(values)) for step, values in self._evaluated().items()}
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Metrics of the last evaluation that were not finite."""
+        values = self._evaluated()
+        return [key for key, value in values[max(values)].items() if value is None] if values else []
 
     @property
     def before(self) -> dict[str, float]:
@@ -107,6 +109,14 @@ class Run:
     def costs(self) -> dict[str, float]:
         """Time, memory, speed and length of the run: the numbers in the results with such a name."""
         return _numbers({key: value for key, value in (self.results or {}).items() if _COST.fullmatch(key)})
+
+    def _evaluated(self) -> dict[int, dict[str, Any]]:
+        found = {}
+        for row in self.metrics:
+            keys = [key for key in row if key.startswith(_PREFIX) and not _NO_EVALUATION.fullmatch(key)]
+            if keys:
+                found[row["step"]] = {key.removeprefix(_PREFIX): row[key] for key in keys}
+        return found
 
     def _from_results(self, key: str) -> dict[str, float]:
         return with_logarithm(_numbers((self.results or {}).get(key, {})))

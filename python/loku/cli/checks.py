@@ -1,0 +1,83 @@
+"""What options may be, where their types do not say: checked before anything is loaded or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, get_scheduler
+
+from loku.cli.errors import CommandError, blaming
+
+
+@dataclass(frozen=True)
+class _Check:
+    what: str
+    holds: Callable[[Any], bool]
+
+
+_POSITIVE = _Check("positive", lambda value: value > 0)
+_POSITIVE_NUMBER = _Check("positive and finite", lambda value: 0 < value < math.inf)
+_NOT_NEGATIVE = _Check("finite and not negative", lambda value: 0 <= value < math.inf)
+_FINITE = _Check("finite", math.isfinite)
+_DECAY = _Check("from 0 to below 1", lambda value: 0 <= value < 1)
+_LENGTH = _Check("at least 2", lambda value: value >= 2)  # the first token is never scored
+_SEED = _Check("from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
+_INTERVAL = _Check(
+    "epoch or a number of steps", lambda value: value == "epoch" or (value.isdecimal() and int(value) > 0)
+)
+_UNSET = _Check("false, as the trainer has no evaluation set", lambda value: not value)
+
+_CHECKS = {
+    "limit": _POSITIVE,
+    "evaluate_every": _INTERVAL,
+    "eval_on_start": _UNSET,
+    "el_threshold": _FINITE,
+    "ma_threshold": _FINITE,
+    "max_length": _LENGTH,
+    "rank": _POSITIVE,
+    "alpha": _FINITE,
+    "lora_dropout": _DECAY,
+    "fila_eps": _POSITIVE_NUMBER,
+    "fisher_memory_budget": _POSITIVE,
+    "fisher_batch_tokens": _POSITIVE,
+    "fisher_save_minutes": _NOT_NEGATIVE,
+    "fisher_retain_size": _POSITIVE,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "per_device_train_batch_size": _POSITIVE,
+    "gradient_accumulation_steps": _POSITIVE,
+    "dataloader_num_workers": _NOT_NEGATIVE,
+    "num_train_epochs": _POSITIVE_NUMBER,
+    "learning_rate": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "adam_beta1": _DECAY,
+    "adam_beta2": _DECAY,
+    "adam_epsilon": _NOT_NEGATIVE,
+    "memorise_epochs": _POSITIVE,
+    "unlearn_epochs": _POSITIVE,
+}
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raises CommandError, which names the option, if a value is none that its option may have. None: not given."""
+    for name, check in _CHECKS.items():
+        value = values.get(name)
+        if value is not None and not check.holds(value):
+            raise CommandError(f"--{name} must be {check.what}, but is {value}")
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Make the learning-rate schedule, which the trainer does only once it trains.
+
+    Raises CommandError if --lr_scheduler_kwargs lack what it needs, or have what it does not know.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    steps = max(args.max_steps, 1)
+    kind = args.lr_scheduler_type
+    with blaming(f"--lr_scheduler_type {kind.value} with --lr_scheduler_kwargs {args.lr_scheduler_kwargs}", TypeError):
+        get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
