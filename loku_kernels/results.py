@@ -49,7 +49,8 @@ class TargetStatistics(NamedTuple):
     @property
     def log_probability(self) -> Tensor:
         """log p_t, differentiable, accurate also where p_t is close to 1; 0 for ignored rows."""
-        alone = self.runner_up == -torch.inf  # there logaddexp would have gradient NaN, where all of them are 0
+        # There logaddexp would have gradient NaN, where all of them are 0. Of a row that holds NaN, `rest` is NaN.
+        alone = (self.runner_up == -torch.inf) & (self.rest == -torch.inf)
         runner_up, rest = self.runner_up.masked_fill(alone, 0.0), self.rest.masked_fill(alone, 0.0)
         log_p = logsigmoid(self.target - torch.logaddexp(runner_up, rest)).masked_fill(alone, 0.0)
         # An ignored row's target is 0; that of a row whose label is outside the vocabulary NaN.

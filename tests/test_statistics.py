@@ -70,7 +70,7 @@ def test_a_rest_that_is_next_to_nothing(backend, device):
 def test_log_probability(backend, device, dtype):
     """Also of a token that all others are forbidden beside, of an ignored one, and of one with 1 - p of e^-20."""
     logits, labels = random_problem(6, 500, dtype, device)
-    logits[1, labels[1]] = logits[1].max() + 20 + math.log(500)
+    logits[3, labels[3]] = logits[3].max() + 20 + math.log(500)
     logits[2] = logits[2].masked_fill(torch.arange(500, device=device) != labels[2], -float("inf"))
     z, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
     ours = lk.target_statistics(z, labels).log_probability
@@ -80,6 +80,9 @@ def test_log_probability(backend, device, dtype):
     torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-12)
     assert ours[labels < 0].tolist() == [0.0]
     torch.testing.assert_close(z.grad.double(), exact.grad, rtol=2 * torch.finfo(dtype).eps + 5e-6, atol=1e-8)
+    z = logits[[0, 2, 3]].clone()
+    z[0], z[1, 7], z[2, labels[3]] = float("nan"), float("nan"), float("nan")
+    assert lk.target_statistics(z, labels[[0, 2, 3]]).log_probability.isnan().all()
 
 
 LOSSES = {
