@@ -29,7 +29,7 @@ _WIDENED_MIN_ROWS = 64
 # cuBLAS multiplies matrices slowly whose rows do not start at multiples of 16 bytes, as those of 50257 logits do not.
 _CUDA_ROW_BYTES = 16
 # Floats in the widened blocks of one step: small beside a chunk of logits, large enough for the product's full speed.
-_WIDENED_ELEMENTS = 3 << 20
+_WIDENED_ELEMENTS = 2 << 20
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
