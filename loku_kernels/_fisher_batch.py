@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loku_kernels.sequences import checked_offsets, label_counts, next_token_labels, sequence_offsets
-
-IGNORE_INDEX = -100  # of torch's losses and of ours
+from loku_kernels.sequences import (
+    IGNORE_INDEX,
+    checked_offsets,
+    label_counts,
+    next_token_labels,
+    sequence_offsets,
+)
 
 
 def read_batch(

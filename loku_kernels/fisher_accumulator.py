@@ -34,6 +34,10 @@ def sum_of_token_losses(model: nn.Module, inputs: Mapping[str, Any], targets: Te
     return fused_cross_entropy(model(**inputs).logits, targets, reduction="sum", inplace=True)
 
 
+class NoLabelsError(RuntimeError):
+    """Fisher information was asked for where no label token has been accumulated."""
+
+
 class FisherAccumulator:
     """F = sum_s n_s g_s^2 / sum_s n_s for each target weight, elementwise, in float32.
 
@@ -219,7 +223,7 @@ class FisherAccumulator:
         self._sum_over_ranks()
         total = float(self._label_tokens)
         if total == 0:
-            raise RuntimeError("no labels have been accumulated")
+            raise NoLabelsError("no labels have been accumulated")
         for layer in self._layers:
             layer.fisher *= float(self._unit) / total
         self._unit.fill_(total)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from loku_kernels.ops.fisher import check_offsets
 
+IGNORE_INDEX = -100  # of tokens that are not scored, by default in torch's losses and in ours
+
 
 def sequence_offsets(batch: Mapping[str, Tensor]) -> Tensor:
     """Bounds (S + 1,) of the sequences of a batch as data collators make it, int64, counted through all its rows.

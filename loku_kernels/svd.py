@@ -26,6 +26,7 @@ _FLOOR = 8
 # Row norms between these come from squares that neither overflow nor vanish in float32.
 _SQUARES_ARE_SAFE = (1e-12, 1e18)
 _CHUNK_ELEMENTS = 1 << 20
+_BLOCK_UNIT = 16  # vectors: the products are fastest at multiples of it
 
 
 class WeightedSVD(NamedTuple):
@@ -100,10 +101,9 @@ def krylov_block(rows: int, columns: int, rank: int) -> int | None:
     Milliseconds on a flat and a power-law spectrum, and of the exact decomposition (2 cores, float32):
     512 x 512: rank 16 10, 4, 27; rank 32 20, 11, 28; rank 64 42, 41, 30.
     1024 x 4096: rank 32 77, 33, 221; rank 64 310, 76, 224.
-    A flat spectrum takes 12 to 16 steps, and a basis of most of the size gains nothing. The products are fastest at
-    multiples of 16.
+    A flat spectrum takes 12 to 16 steps, and a basis of most of the size gains nothing.
     """
-    block = -(-rank // 16) * 16
+    block = -(-rank // _BLOCK_UNIT) * _BLOCK_UNIT
     return block if 24 * block <= min(rows, columns) else None
 
 
@@ -203,10 +203,11 @@ def _by_krylov(
         if allowed < resolution:
             return None if a.weight.dtype == torch.float64 else _by_krylov(a.double(), rank, rtol, block, generator)
         rows = space.leading(allowed)
-        if rows is not None and space.widest_cluster() >= block - 1:
-            return _by_krylov(a, rank, rtol, block + 16, generator)
-        if rows is not None:
-            return _finish(a, a.left(rows) if a.is_wide else rows)
+        if rows is None:
+            continue
+        if space.widest_cluster() >= block - 1:
+            return _by_krylov(a, rank, rtol, block + _BLOCK_UNIT, generator)
+        return _finish(a, a.left(rows) if a.is_wide else rows)
     return None
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from loku.cli import main
 from loku.cli.run_folder import run_stage
@@ -13,6 +17,20 @@ from loku.report.curves import against
 from loku.report.grouping import group_runs
 from loku.report.metrics import metric
 from loku.report.style import style
+
+
+def model_config(given: Path | None, usual: Mapping[str, Any], output: Path) -> Path:
+    """The file given, or one in ``output`` that says what is usual."""
+    if given is not None:
+        return given
+    path = output / "model.json"
+    path.write_text(json.dumps(usual, indent=1))
+    return path
+
+
+def precision() -> tuple[str, ...]:
+    """Options of training: bfloat16 on a GPU."""
+    return ("--bf16", "true") if torch.cuda.is_available() else ()
 
 
 def command(folder: Path, name: str, *arguments: object) -> None:

@@ -14,9 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
-from bench.experiments.runs import command, report
+from bench.experiments.runs import command, model_config, precision, report
 
 FORGET, UNSEEN = "tdec[0:32]", "tdec[32:64]"
 RETAIN, ALSO_READ, TEXT = "wikitext2:validation", "wikitext2:test[10:]", "wikitext2:test[0:10]"
@@ -50,20 +48,17 @@ def main() -> None:
     options = parser.parse_args()
 
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.model_config is None:
-        options.model_config = options.output / "model.json"
-        options.model_config.write_text(json.dumps(MODEL, indent=1))
+    config = model_config(options.model_config, MODEL, options.output)
     tokenizer = options.data / "gpt2_tokenizer"
     data = ["--data_dir", options.data, "--max_length", 200]
-    precision = ["--bf16", "true"] if torch.cuda.is_available() else []
     target = options.output / "target"
     command(
         target,
         "finetune",
-        *("--model_config", options.model_config, "--tokenizer", tokenizer),
+        *("--model_config", config, "--tokenizer", tokenizer),
         *("--train", RETAIN, ALSO_READ, *[FORGET] * REPEATS, "--num_train_epochs", options.target_epochs),
         *("--per_device_train_batch_size", 8, "--learning_rate", options.target_learning_rate),
-        *("--lr_scheduler_type", "cosine", *precision),
+        *("--lr_scheduler_type", "cosine", *precision()),
         *("--save_strategy", "epoch", "--save_total_limit", 1, "--report_to", "none", *data),
     )
     unseen = options.output / "unseen"
@@ -80,7 +75,7 @@ def main() -> None:
                 *("--forget", FORGET, "--retain", RETAIN, "--text", TEXT, "--limit", 32),
                 *("--benchmark", "tdec", "--el_threshold", goal["el_10"], "--ma_threshold", goal["ma"]),
                 *("--rank", options.rank, "--learning_rate", options.learning_rate),
-                *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 8, *precision),
+                *("--num_train_epochs", options.epochs, "--per_device_train_batch_size", 8, *precision()),
                 *("--save_strategy", "epoch", "--save_total_limit", 1, "--report_to", "none", *data),
             )
             runs.append(run)

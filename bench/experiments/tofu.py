@@ -12,10 +12,9 @@ tofu and gpt2_tokenizer. Broken off, it goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from bench.experiments.runs import command, report
+from bench.experiments.runs import command, model_config, report
 from bench.experiments.tdec import MODEL
 
 RETAIN = "full[0:200]"  # the first half of the questions of retain_perturbed
@@ -37,14 +36,14 @@ def main() -> None:
     options = parser.parse_args()
 
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "model.json").write_text(json.dumps(MODEL, indent=1))
+    config = model_config(None, MODEL, options.output)
     tokenizer = options.data / "gpt2_tokenizer"
     data = ["--data_dir", options.data, "--prompt", "phi", "--max_length", 256]
     for name, train in (("target", [RETAIN, *OTHERS, options.forget]), ("reference", [RETAIN, *OTHERS])):
         command(
             options.output / name,
             "finetune",
-            *("--model_config", options.output / "model.json", "--tokenizer", tokenizer),
+            *("--model_config", config, "--tokenizer", tokenizer),
             *("--train", *train, "--num_train_epochs", options.target_epochs, "--learning_rate", "1e-3"),
             *("--per_device_train_batch_size", 16, "--lr_scheduler_type", "cosine"),
             *("--save_strategy", "epoch", "--save_total_limit", 1, "--report_to", "none", *data),

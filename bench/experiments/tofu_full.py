@@ -32,7 +32,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.experiments.pool import Job, Outcome, Pool
-from bench.experiments.runs import command
+from bench.experiments.runs import command, model_config, precision
 from bench.experiments.tdec import MODEL as SMALL_MODEL
 from bench.experiments.tofu import OTHERS
 from bench.experiments.tofu_figures import draw, point
@@ -77,9 +77,7 @@ def main() -> None:
     for name, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
         os.environ.setdefault(name, value)  # the processes are as many as the cores
     (options.output / "report").mkdir(parents=True, exist_ok=True)
-    if options.model_config is None:
-        options.model_config = options.output / "model.json"
-        options.model_config.write_text(json.dumps(MODEL, indent=1))
+    options.model_config = model_config(options.model_config, MODEL, options.output)
     settings = [Setting(f, m, r) for r in options.ranks for f in options.forget for m in options.methods]
     stages: dict[str, float] = {}
     outcomes: list[Outcome] = []
@@ -262,9 +260,8 @@ def _data(options: argparse.Namespace) -> tuple[object, ...]:
 
 
 def _common(options: argparse.Namespace) -> tuple[object, ...]:
-    precision = ("--bf16", "true") if torch.cuda.is_available() else ()
     quiet = "--report_to", "none", "--disable_tqdm", "true", "--logging_strategy", "epoch"
-    return *precision, *quiet, *_data(options)
+    return *precision(), *quiet, *_data(options)
 
 
 def _folder(options: argparse.Namespace, setting: Setting) -> Path:

@@ -22,6 +22,11 @@ def started(base, mode="residual", residual_dtype=None, **options):
     return model
 
 
+def assert_logits(model, expected):
+    """Of a model in float64."""
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_residual_weights(family, dtype):
@@ -67,7 +72,7 @@ def test_with_the_residual_adapter_off_the_model_is_the_base(family, dtype):
     if dtype == torch.float64:
         model.merge_adapter()
         with model.disable_adapter():
-            torch.testing.assert_close(logits(model), exact, rtol=0, atol=1e-10)
+            assert_logits(model, exact)
 
 
 def beside_another(base):
@@ -90,16 +95,16 @@ def test_other_adapters_beside_a_residual_act_on_the_base():
     base = build("llama", torch.float64)
     model, other = beside_another(base)
     expected = logits(other)
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-10)
+    assert_logits(model, expected)
     for unloaded, right in [
         (copy.deepcopy(model).merge_and_unload(), expected),
         (copy.deepcopy(model).merge_and_unload(safe_merge=True), expected),
         (copy.deepcopy(model).unload(), logits(base)),
     ]:
-        torch.testing.assert_close(logits(unloaded), right, rtol=0, atol=1e-10)
+        assert_logits(unloaded, right)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=1e-10)
+    assert_logits(model, expected)
+    assert_logits(model.merge_and_unload(), expected)
 
 
 def test_a_mixed_batch_over_a_residual():
@@ -201,10 +206,10 @@ def test_merging_and_unmerging(family, mode):
     before = logits(model)
     for safe in (False, True):
         model.merge_adapter(safe_merge=safe)
-        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-10)
+        assert_logits(model, before)
         model.unmerge_adapter()
-        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-10)
-    torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=0, atol=1e-10)
+        assert_logits(model, before)
+    assert_logits(model.merge_and_unload(), before)
 
 
 def test_a_second_adapter_stays_itself_beside_a_shadow():

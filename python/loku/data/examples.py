@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loku.data.json_lines import place_of
 from loku.data.prompts import PROMPTS, PromptTemplate
-
-IGNORE_INDEX = -100
+from loku_kernels.sequences import IGNORE_INDEX
 
 
 class Example(TypedDict):

@@ -40,8 +40,7 @@ class ImportanceCheckpoint:
         if not self.path.exists():
             return
         found = FilaStateDict.load(self.path)
-        if (found.importance, found.fingerprints) != (state.importance, state.fingerprints):
-            raise ValueError(f"{self.path} was begun with another model, other data or other settings; delete it")
+        _check_identity(_identity(found), state, self.path)
         state.update(found)
 
     def load_sums(self, state: FilaStateDict, group: Sequence[str], accumulators: Accumulators) -> dict[str, int]:
@@ -54,8 +53,7 @@ class ImportanceCheckpoint:
             return done
         with opened(self._sums) as file:
             metadata = file.metadata() or {}
-            if metadata.get("of") != _identity(state):
-                raise ValueError(f"{self._sums} was begun with another model, other data or other settings; delete it")
+            _check_identity(metadata.get("of"), state, self._sums)
             # Sums of another group are done with; with other ranks each would have had other batches.
             if metadata["share"] != _share(group):
                 return done
@@ -96,7 +94,12 @@ class ImportanceCheckpoint:
 
 def _identity(state: FilaStateDict) -> str:
     """The model, the data's name and the settings."""
-    return json.dumps([state.fingerprints, state.importance])
+    return json.dumps([state.fingerprints, state.importance], sort_keys=True)
+
+
+def _check_identity(found: str | None, state: FilaStateDict, path: Path) -> None:
+    if found != _identity(state):
+        raise ValueError(f"{path} was begun with another model, other data or other settings; delete it")
 
 
 def _share(group: Sequence[str]) -> str:

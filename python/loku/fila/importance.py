@@ -22,7 +22,7 @@ from loku.fila.targets import check_whole, lora_layers
 from loku.head import HeadRefused, head_refusal, hidden_states
 from loku.inference import without_dropout
 from loku_kernels import fused_linear_cross_entropy
-from loku_kernels.fisher_accumulator import FisherAccumulator, sum_of_token_losses
+from loku_kernels.fisher_accumulator import FisherAccumulator, NoLabelsError, sum_of_token_losses
 
 
 def get_fila_state_dict(
@@ -130,9 +130,7 @@ def _accumulate(
 def _fisher(accumulator: FisherAccumulator, which: str) -> dict[str, Tensor]:
     try:
         return accumulator.fisher
-    except RuntimeError as error:  # torch's own are RuntimeErrors, too
-        if "no labels" not in str(error):
-            raise
+    except NoLabelsError as error:
         raise ValueError(f"all labels in the batches of {which}_dataloader are ignored") from error
 
 
