@@ -89,6 +89,13 @@ def test_too_long():
         tokenise([RECORD], tokenizer, "plain", 3, truncation=True)
 
 
+def test_padding_of_records_is_left_out():
+    record = {"input_ids": [0, 0, 3, 4], "attention_mask": [0, 0, 1, 1]}
+    assert tokenise([record], max_length=2) == [{"input_ids": [3, 4], "labels": [3, 4]}]
+    labelled = {**record, "labels": [X, X, X, 4]}
+    assert tokenise([labelled]) == [{"input_ids": [3, 4], "labels": [X, 4]}]
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -29,6 +29,7 @@ def start(model, state=None, **options):
         ({"target_modules": ["q_proj", "embed_tokens"]}, "but model.embed_tokens is adapted by PEFT's Embedding"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights in .*, got 'pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights in .*, got 'olora'"),
+        ({"layer_replication": [(0, 2), (0, 2)]}, "defined for the layers of the base, but .* has layer_replication"),
         ({"rank_pattern": {"k_proj": 17}}, r"k_proj must be at most min\(out, in\) = 16, got 17"),
     ],
 )

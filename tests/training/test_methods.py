@@ -143,9 +143,9 @@ def test_settings_and_their_refusals():
         get_method("lora")
     with pytest.raises(ValueError, match=r"method 'kl' has no option 'beta'; it has retain_weight"):
         get_method("kl", beta=0.1)
-    with pytest.raises(ValueError, match="retain_weight must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="retain_weight must be finite and at least 0, got -1"):
         get_method("gd", retain_weight=-1)
-    with pytest.raises(ValueError, match="beta must be positive, got 0"):
+    with pytest.raises(ValueError, match="beta must be positive and finite, got 0"):
         get_method("npo", beta=0)
     with pytest.raises(ValueError, match="retain_weight must be positive for method 'finetune'"):
         get_method("finetune", retain_weight=0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loku.data.examples import IGNORE_INDEX, Example
+from loku.data.examples import IGNORE_INDEX, Example, without_padding
 from loku.data.roles import Role
 from loku_kernels.sequences import next_token_labels, sequence_offsets
 
@@ -49,6 +49,7 @@ class LanguageModelCollator:
 
     def arrange(self, examples: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:
         """The batch, and the number (rows, length) of the sequence at each position, -1 at padding."""
+        examples = [without_padding(example) for example in examples]
         lengths = _lengths(examples)
         rows = [[s] for s in range(len(examples))] if self.row_tokens is None else first_fit(lengths, self.row_tokens)
         shape = len(rows), max(sum(lengths[s] for s in row) for row in rows)
@@ -89,7 +90,8 @@ class UnlearningCollator:
     `MODEL_INPUTS` names what of it a model is called with.
 
     Raises:
-        ValueError: on the call, as `LanguageModelCollator` does, or if a sequence has no token to score.
+        ValueError: on the call, as `LanguageModelCollator` does, or if an item is something else, or a sequence has no
+            token to score.
     """
 
     pad_token_id: int
@@ -99,7 +101,7 @@ class UnlearningCollator:
         LanguageModelCollator(self.pad_token_id, self.row_tokens)
 
     def __call__(self, items: Sequence[Mapping[Role, Example]]) -> dict[str, Tensor]:
-        sequences = [(role, item[role]) for role in Role for item in items if role in item]
+        sequences = sequences_of(items)
         collator = LanguageModelCollator(self.pad_token_id, self.row_tokens)
         batch, numbers = collator.arrange([example for _, example in sequences])
         targets = next_token_labels(batch["labels"], sequence_offsets(batch), IGNORE_INDEX).flatten()
@@ -111,6 +113,22 @@ class UnlearningCollator:
             )
         roles = torch.tensor([role for role, _ in sequences])
         return {**batch, "roles": roles, "rows": rows, "targets": targets[rows], "row_sequences": row_sequences}
+
+
+def sequences_of(items: Sequence[Mapping[Role, Example]]) -> list[tuple[Role, Example]]:
+    """The sequences of items {Role: Example}: FORGET first, then RETAIN, then PREFERRED, in the order of the items.
+
+    Raises:
+        ValueError: an item is something else.
+    """
+    for number, item in enumerate(items):
+        if not isinstance(item, Mapping) or not item or not set(item) <= set(Role):
+            given = sorted(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
+            raise ValueError(
+                f"item {number} must be {{Role: Example}}, as of a PairedDataset, {{Role.FORGET: example}} for one, "
+                f"but is or has {given}"
+            )
+    return [(role, item[role]) for role in Role for item in items if role in item]
 
 
 def first_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from loku.data.json_lines import place_of
@@ -13,10 +14,14 @@ from loku_kernels.sequences import IGNORE_INDEX
 
 
 class Example(TypedDict):
-    """One sequence. ``labels`` stand at their own token, not shifted; `IGNORE_INDEX` where it is not scored."""
+    """One sequence. ``labels`` stand at their own token, not shifted; `IGNORE_INDEX` where it is not scored.
+
+    Tokens at which an ``attention_mask`` is 0 are padding, and are left out.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    attention_mask: NotRequired[list[int]]
 
 
 def is_question(record: Mapping[str, Any]) -> bool:
@@ -38,7 +43,8 @@ def tokenise(
     - ``text``: its tokens, with those that the tokenizer adds, in blocks of ``max_length``, all labelled. A record is
       a document: no block reaches into the next record, and a last block of one token, which would score nothing, is
       left out.
-    - ``input_ids``: as they are, all labelled; ``labels`` as given, where they are, and are not None.
+    - ``input_ids``: as they are, all labelled; ``labels`` as given, where they are, and are not None; without what an
+      ``attention_mask`` calls padding.
 
     Args:
         tokenizer: not needed where all records have input_ids.
@@ -63,6 +69,37 @@ def tokenise(
             raise ValueError(f"{place_of(record, number)}: {error}") from error
         examples.extend(found)
     return examples
+
+
+def without_padding(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The example without the tokens at which its ``attention_mask`` is 0, where it has one.
+
+    Raises:
+        ValueError: the mask has not as many entries as there are tokens and labels.
+    """
+    mask = example.get("attention_mask")
+    if mask is None:
+        return example
+    kept = torch.as_tensor(mask).bool()
+    values = {name: torch.as_tensor(example[name]) for name in ("input_ids", "labels")}
+    for name, tensor in values.items():
+        if tensor.shape != kept.shape:
+            raise ValueError(f"attention_mask has {len(kept)} entries for {len(tensor)} {name}")
+    return {name: tensor[kept].tolist() for name, tensor in values.items()}
+
+
+def scored_length(example: Mapping[str, Any]) -> int:
+    """The example's tokens, without padding.
+
+    Raises:
+        ValueError: it has no input_ids or labels, not as many of these as of those, or no label that can be scored.
+    """
+    for name in ("input_ids", "labels"):
+        if name not in example:
+            raise ValueError(f"an example has input_ids and labels, but this has {sorted(example)}")
+    example = without_padding(example)
+    _check_counts(example)
+    return len(_scored(example)["input_ids"])
 
 
 def answer_example(
@@ -106,12 +143,11 @@ def _examples(
     truncation: bool,
 ) -> list[Example]:
     if "input_ids" in record:
-        input_ids = _fitted(list(record["input_ids"]), max_length, truncation)
-        given = record.get("labels")
-        labels = list(input_ids if given is None else given)[: len(input_ids)]
-        if len(labels) != len(input_ids):
-            raise ValueError(f"{len(labels)} labels for {len(input_ids)} input_ids")
-        return [_scored({"input_ids": input_ids, "labels": labels})]
+        labels = record["input_ids"] if record.get("labels") is None else record["labels"]
+        example = without_padding({**record, "labels": labels})
+        _check_counts(example)
+        fitted = {name: _fitted(list(example[name]), max_length, truncation) for name in ("input_ids", "labels")}
+        return [_scored(fitted)]
     if is_question(record):
         question, answer = record["question"], record["answer"]
         return [answer_example(question, answer, tokenizer, template, max_length, truncation=truncation)]
@@ -145,6 +181,11 @@ def _fitted(input_ids: list[int], max_length: int | None, truncation: bool) -> l
             "model's context at most"
         )
     return input_ids[:max_length]
+
+
+def _check_counts(example: Mapping[str, Any]) -> None:
+    if len(example["labels"]) != len(example["input_ids"]):
+        raise ValueError(f"{len(example['labels'])} labels for {len(example['input_ids'])} input_ids")
 
 
 def _scored(example: Example) -> Example:

@@ -34,9 +34,9 @@ def packing_is_exact(model: nn.Module) -> bool:
 
 
 def _measure(model: nn.Module) -> bool:
-    embeddings = model.get_input_embeddings()
+    weight = model.get_input_embeddings().weight  # of adapters too, which have no num_embeddings
     generator = torch.Generator().manual_seed(0)
-    first, other, second = torch.randint(embeddings.num_embeddings, (3, 2, _TOKENS), generator=generator).tolist()
+    first, other, second = torch.randint(len(weight), (3, 2, _TOKENS), generator=generator).tolist()
 
     def second_logits(before: list[list[int]], packed: bool) -> Tensor:
         """(2, tokens, vocabulary) of ``second``, after ``before`` in its row."""
@@ -46,7 +46,7 @@ def _measure(model: nn.Module) -> bool:
             inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
         else:
             inputs = {"input_ids": torch.tensor([b + s for b, s in zip(before, second, strict=True)])}
-        return _logits(model, inputs, embeddings.weight.device)[:, -_TOKENS:]
+        return _logits(model, inputs, weight.device)[:, -_TOKENS:]
 
     alone = second_logits([[], []], packed=False)
     packed = second_logits(first, packed=True)

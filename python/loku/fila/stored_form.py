@@ -64,10 +64,15 @@ class FilaLoraConfig(LoraConfig):
         write_json(Path(save_directory, RECORD_NAME), self.record)
 
 
+def fila_adapters(model: nn.Module) -> set[str]:
+    """The names of the model's adapters that were started by FILA."""
+    configs = model.peft_config if isinstance(model, PeftModel) else {}
+    return {name for name, config in configs.items() if isinstance(config, FilaLoraConfig)}
+
+
 def has_fila(model: nn.Module) -> bool:
     """Whether an adapter of the model was started by FILA."""
-    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
-    return any(isinstance(config, FilaLoraConfig) for config in configs)
+    return bool(fila_adapters(model))
 
 
 def live_config(stored: LoraConfig, record: dict) -> LoraConfig:

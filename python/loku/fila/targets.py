@@ -52,6 +52,8 @@ def check_fresh(model: PeftModel, layers: dict[str, LoraLayer], adapter_name: st
     start = model.peft_config[adapter_name].init_lora_weights
     if start not in _FRESH_STARTS:
         raise ValueError(f"FILA starts from init_lora_weights in {_FRESH_STARTS}, got {start!r}")
+    if model.peft_config[adapter_name].layer_replication:
+        raise ValueError("FILA is defined for the layers of the base, but the adapter has layer_replication")
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged with {layer.merged_adapters}; call model.unmerge_adapter() first")

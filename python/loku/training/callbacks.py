@@ -64,7 +64,8 @@ class JsonLinesCallback(TrainerCallback):
 
 
 class EvaluationCallback(TrainerCallback):
-    """Calls ``evaluate(model)`` at step 0 and at an interval, and ends the training once ``stop(metrics)`` is true.
+    """Calls ``evaluate(model)`` at step 0, at an interval and at the end of the training, which it ends once
+    ``stop(metrics)`` is true.
 
     The model is in evaluation mode without gradients meanwhile, and random numbers drawn by the evaluation are given
     back, so that the training is the same with and without it. The metrics and "runtime", the seconds it took, are
@@ -101,6 +102,7 @@ class EvaluationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._first_step = state.global_step
+        self._measured_at = state.global_step if _logged(state) else None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,6 +124,12 @@ class EvaluationCallback(TrainerCallback):
         if self.every == "epoch":
             self._measure_or_stop(args, control, kwargs["model"])
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._measured_at != state.global_step:
+            self._measure(control, kwargs["model"])
+
     def _measure_or_stop(self, args: TrainingArguments, control: TrainerControl, model: nn.Module) -> None:
         metrics = self._measure(control, model)
         if self.stop is not None and self.stop(metrics):
@@ -131,10 +139,13 @@ class EvaluationCallback(TrainerCallback):
     def _measure(self, control: TrainerControl, model: nn.Module) -> Mapping[str, float]:
         begin = time.perf_counter()
         with evaluation_mode(model) as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            metrics = self.evaluate(model)
+            measured = self.evaluate(model)
+        # Checkpoints and logs are JSON, which knows Python's numbers only.
+        metrics = {name: value.item() if hasattr(value, "item") else value for name, value in measured.items()}
         due = control.should_log
         logged = {**metrics, "runtime": round(time.perf_counter() - begin, 3)}
         self.trainer.log({f"eval_{name}": value for name, value in logged.items()})
+        self._measured_at = self.trainer.state.global_step
         control.should_log = due  # which the trainer takes for done after any log
         return metrics
 

@@ -40,7 +40,7 @@ class UnlearnConfig(TrainingArguments):
     Raises:
         ValueError: an unknown method, option or packing; settings that unlearning cannot honour
             (``remove_unused_columns``, ``label_smoothing_factor``, ``dataloader_persistent_workers``,
-            ``train_sampling_strategy``).
+            ``train_sampling_strategy``, ``dispatch_batches`` in ``accelerator_config``).
     """
 
     _argument_group_name = "training, as of transformers' TrainingArguments, and methods"
@@ -75,6 +75,11 @@ class UnlearnConfig(TrainingArguments):
             raise ValueError(f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}")
         if self.dataloader_persistent_workers:
             raise ValueError("dataloader_persistent_workers must be False: they would keep to the first epoch's pairs")
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches in accelerator_config must not be True: a batch would be cut at its number of rows, "
+                "which is not that of its scored tokens"
+            )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 "train_sampling_strategy must be 'random' or 'sequential', as the items of a batch are pairs and "

@@ -7,8 +7,9 @@ micro-batches that are accumulated, on all processes.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class Method(ABC):
 
     Attributes:
         name: as it is asked for.
-        retain_weight: of what is asked of the retain sequences, at least 0; at 0 they are not needed.
+        retain_weight: of what is asked of the retain sequences, finite, at least 0; at 0 they are not needed.
         fila: whether the adapter must have been started by `loku.fila.initialize_lora_fila_weights`.
         reference: whether the reference's scores of the same batch are needed.
     """
@@ -60,8 +61,8 @@ class Method(ABC):
     reference: bool = False
 
     def __post_init__(self) -> None:
-        if not self.retain_weight >= 0:
-            raise ValueError(f"retain_weight must be at least 0, got {self.retain_weight}")
+        if not 0 <= self.retain_weight < math.inf:
+            raise ValueError(f"retain_weight must be finite and at least 0, got {self.retain_weight}")
         if not self.roles:
             raise ValueError(f"retain_weight must be positive for method {self.name!r}, which has no other term")
 
@@ -69,6 +70,15 @@ class Method(ABC):
     def roles(self) -> tuple[Role, ...]:
         """The roles whose sequences are needed; an epoch is one pass over those of the first."""
         return (Role.FORGET, Role.RETAIN) if self.retain_weight > 0 else (Role.FORGET,)
+
+    def check_batch(self, totals: Totals) -> None:
+        """ValueError unless a batch, of an evaluation, say, holds all that one of the method's terms needs."""
+        present, needed = {role for role in Role if totals.sequences[role]}, set(self.roles)
+        forget = needed - {Role.RETAIN}
+        if not present & needed or present & forget not in (set(), forget):
+            raise ValueError(
+                f"method {self.name!r} scores {_names(self.roles)} sequences, but a batch has only {_names(present)}"
+            )
 
     @abstractmethod
     def loss(self, scores: Scores, reference: Scores | None, totals: Totals) -> Loss:
@@ -128,15 +138,15 @@ class SequenceMethod(Method):
     With log p of a sequence the sum over its scored tokens; for a method with a reference, log p - log p_reference.
 
     Attributes:
-        beta: inverse temperature, positive.
+        beta: inverse temperature, positive and finite.
     """
 
     beta: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be positive and finite, got {self.beta}")
 
     @abstractmethod
     def forget_losses(self, log_p: Tensor, scores: Scores) -> Tensor:
@@ -173,11 +183,16 @@ class SimNPO(SequenceMethod):
     """-2 / beta * log sigmoid(-beta / length * log p - gamma): NPO without a reference (arXiv 2410.07163, equation 4).
 
     Attributes:
-        gamma: margin of the reward.
+        gamma: margin of the reward, finite.
     """
 
     beta: float = 2.5
     gamma: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.gamma):
+            raise ValueError(f"gamma must be finite, got {self.gamma}")
 
     def forget_losses(self, log_p: Tensor, scores: Scores) -> Tensor:
         forget = scores.roles == Role.FORGET
@@ -240,6 +255,10 @@ def get_method(name: str, **options: float | None) -> Method:
         if option not in known:
             raise ValueError(f"method {name!r} has no option {option!r}; it has {', '.join(known)}")
     return replace(method, **given)
+
+
+def _names(roles: Iterable[Role]) -> str:
+    return " and ".join(role.name.lower() for role in sorted(roles))
 
 
 def _mean_weights(scores: Scores, role: Role, totals: Totals) -> Tensor:

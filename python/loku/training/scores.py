@@ -212,8 +212,13 @@ class Scorer:
                 return HiddenScores(
                     **of_rows, chunk_bytes=self.chunk_bytes, hidden=hidden.flatten(0, 1)[rows], head=head
                 )
-        logits = run(model, inputs).logits.flatten(0, 1)
-        return LogitScores(**of_rows, chunk_bytes=self.chunk_bytes, all_logits=logits, rows=rows)
+        logits = run(model, inputs).logits
+        if logits.shape[:2] != batch["input_ids"].shape:
+            raise ValueError(
+                f"the model makes logits of shape {tuple(logits.shape)} of input_ids of shape "
+                f"{tuple(batch['input_ids'].shape)}, as with virtual tokens (prompt tuning), which are not served"
+            )
+        return LogitScores(**of_rows, chunk_bytes=self.chunk_bytes, all_logits=logits.flatten(0, 1), rows=rows)
 
     def _warn(self) -> None:
         logger.warning_once(f"Losses come from the model's own logits, which takes more memory: {self.refusal}.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from loku.data import Example, PairedDataset, Role, UnlearningCollator, packing_is_exact
-from loku.fila.stored_form import has_fila
+from loku.data.collate import sequences_of
+from loku.data.examples import scored_length
+from loku.fila.stored_form import fila_adapters, has_fila
 from loku.files import writing
 from loku.inference import context_length, evaluation_mode
 from loku.training.callbacks import EvaluationCallback, TrainingIsOver
@@ -50,15 +53,18 @@ class UnlearningTrainer(Trainer):
         forget_dataset, retain_dataset, preferred_dataset: sequences of `loku.data.Example`, as `loku.data.tokenise`
             makes them. Those that the method needs must be given; others are left alone. ``preferred_dataset[i]`` is
             what should be said in place of ``forget_dataset[i]``.
-        options: as of `transformers.Trainer`, but for ``train_dataset`` and ``data_collator``. Items of an
-            ``eval_dataset`` are {Role: Example}, as of a `loku.data.PairedDataset`.
+        options: as of `transformers.Trainer`, but for ``train_dataset``, ``data_collator`` and ``model_init``. A loss
+            of one's own is a `Method`, and metrics come from an `EvaluationCallback`: ``compute_loss_func``,
+            ``compute_metrics`` and ``preprocess_logits_for_metrics`` are refused. Items of an ``eval_dataset`` are
+            {Role: Example}, as of a `loku.data.PairedDataset`, with all that a term of the method's loss needs.
 
     Raises:
-        ValueError: a data set that the method needs is missing or empty; a sequence is longer than the model's context;
-            the method needs a reference, and the model is no PeftModel or also trains weights of its base; the method
-            needs FILA, and the adapter was not started by it; ``packing="always"`` and the model does not keep packed
-            sequences apart; a FILA adapter would be sharded by FSDP 1 or ZeRO-3, or ZeRO-3 would not save what it
-            trains.
+        TypeError: args is no UnlearnConfig, a data set has no length, or an option is not served.
+        ValueError: a data set that the method needs is missing or empty; a sequence has no label to score, or is longer
+            than the model's context; the method needs a reference, and the model is no PeftModel or also trains weights
+            of its base; the method needs FILA, and an active adapter was not started by it; ``packing="always"`` and
+            the model does not keep packed sequences apart; a FILA adapter would be sharded by FSDP 1 or ZeRO-3, or
+            ZeRO-3 would not save what it trains.
     """
 
     loss_is_scaled_for_ga = True  # by the totals
@@ -72,10 +78,11 @@ class UnlearningTrainer(Trainer):
         preferred_dataset: Sequence[Example] | None = None,
         **options: Any,
     ) -> None:
+        _check_options(args, options)
         self.method = args.unlearning_method()
         given = {Role.FORGET: forget_dataset, Role.RETAIN: retain_dataset, Role.PREFERRED: preferred_dataset}
         pairs = _pairs(self.method, given, args.data_seed)
-        longest = _check_lengths(model, pairs)
+        longest = _check_lengths(model, {**_training_sets(pairs), **_evaluation_sets(options.get("eval_dataset"))})
         _check_adapter(model, self.method)
         if args.n_gpu > 1:
             logger.warning(f"Using one of {args.n_gpu} GPUs: a packed batch cannot be split; launch with torchrun.")
@@ -86,14 +93,11 @@ class UnlearningTrainer(Trainer):
         with self.accelerator.autocast():
             self.scorer = Scorer(self.model, args.chunk_bytes)
             row_tokens = _row_tokens(self.model, args, longest)
-        pad_token_id = getattr(self.processing_class, "pad_token_id", None) or 0  # never scored, nor attended to
-        self.data_collator = UnlearningCollator(pad_token_id, row_tokens)
-        self.add_callback(_DrawPairs(pairs))
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EvaluationCallback):
-                callback.trainer = self
+        # Padding is never scored, nor attended to; a tokenizer's own token for it need not be one of the model's.
+        self.data_collator = UnlearningCollator(0, row_tokens)
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
+        self.add_callback(_Beginnings(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As `transformers.Trainer.train`; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
@@ -102,8 +106,12 @@ class UnlearningTrainer(Trainer):
         `EvaluationCallback` reached, is loaded and left as it is.
 
         Raises:
-            ValueError: the checkpoint is not whole, or none is.
+            ValueError: the checkpoint is not whole, or none is; nothing of the model is trainable.
         """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "model has no trainable parameter; an adapter that is loaded to be trained needs is_trainable=True"
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -115,9 +123,17 @@ class UnlearningTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
         except TrainingIsOver:
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             self.is_in_train = False
             return TrainOutput(self.state.global_step, 0.0, {})
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        super().add_callback(callback)
+        for known in self.callback_handler.callbacks:
+            if isinstance(known, EvaluationCallback):
+                known.trainer = self
 
     def gathered_state_dict(self) -> dict[str, Tensor] | None:
         """What ``save_pretrained(..., state_dict=...)`` needs of a sharded model: whole weights, on rank 0 only.
@@ -138,6 +154,8 @@ class UnlearningTrainer(Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         totals = Totals(*num_items_in_batch)
+        if not model.training:
+            self.method.check_batch(totals)
         reference = self._reference(model, inputs) if self.method.reference else None  # first: no graph is there yet
         loss = self.method.loss(self.scorer(model, inputs), reference, totals)
         if model.training:
@@ -167,7 +185,9 @@ class UnlearningTrainer(Trainer):
         """Of a FILA adapter FSDP's own file has the stored shapes, twice the rank, which FSDP cannot take apart again;
         the adapter's file beside it goes the way that it goes without FSDP."""
         if self.is_fsdp_enabled and has_fila(self.model):
-            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+            (name,) = self.model.active_adapters
+            folder = Path(resume_from_checkpoint, "" if name == "default" else name)
+            self.model.load_adapter(str(folder), name, is_trainable=True)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -183,19 +203,25 @@ class UnlearningTrainer(Trainer):
             return self.scorer(model, inputs)
 
 
-class _DrawPairs(TrainerCallback):
-    """Tells the pairs the epoch; accelerate's loaders do not where they shuffle for several processes, or resume.
+class _Beginnings(TrainerCallback):
+    """Begins the log's terms anew with each training, one tried again after an error too, and tells the pairs the
+    epoch; accelerate's loaders do not where they shuffle for several processes, or resume.
 
     No epoch is begun after the last step.
     """
 
-    def __init__(self, pairs: PairedDataset) -> None:
-        self.pairs = pairs
+    def __init__(self, trainer: UnlearningTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._parts = {}
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.pairs.set_epoch(int(state.epoch or 0))
+        self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
         if state.global_step >= state.max_steps:
             raise TrainingIsOver
 
@@ -212,8 +238,24 @@ def _adapter_off(model: PeftModel):
             parameter.requires_grad_(was)
 
 
+def _check_options(args: UnlearnConfig, options: Mapping[str, Any]) -> None:
+    if not isinstance(args, UnlearnConfig):
+        raise TypeError(f"args must be an UnlearnConfig, got {type(args).__name__}")
+    instead = {
+        "model_init": "give the model itself",
+        "compute_loss_func": "a loss of one's own is a loku.training.Method",
+        "compute_metrics": "metrics come from a loku.training.EvaluationCallback",
+        "preprocess_logits_for_metrics": "metrics come from a loku.training.EvaluationCallback",
+    }
+    for name, what in instead.items():
+        if options.get(name) is not None:
+            raise TypeError(f"{name} is not served: {what}")
+
+
 def _pairs(method: Method, given: Mapping[Role, Sequence[Example] | None], seed: int) -> PairedDataset:
     for role in method.roles:
+        if given[role] is not None and not hasattr(given[role], "__len__"):
+            raise TypeError(f"{role.name.lower()}_dataset must have a length, got {type(given[role]).__name__}")
         if given[role] is None or len(given[role]) == 0:
             state = "missing" if given[role] is None else "empty"
             weight = f" (its retain_weight is {method.retain_weight:g})" if role is Role.RETAIN else ""
@@ -221,16 +263,37 @@ def _pairs(method: Method, given: Mapping[Role, Sequence[Example] | None], seed:
     return PairedDataset({role: given[role] for role in method.roles}, seed=seed)
 
 
-def _check_lengths(model: nn.Module, pairs: PairedDataset) -> int:
+def _training_sets(pairs: PairedDataset) -> dict[str, Iterable[Example]]:
+    return {f"{role.name.lower()}_dataset": examples for role, examples in pairs.examples.items()}
+
+
+def _evaluation_sets(given: Any) -> dict[str, Iterable[Example]]:
+    """Of one data set or several by name, those that can be gone through beforehand."""
+    named = {f"eval_dataset[{name!r}]": of for name, of in given.items()} if isinstance(given, dict) else {}
+    sets = named or {"eval_dataset": given}
+    return {name: _sequences(of) for name, of in sets.items() if hasattr(of, "__len__")}
+
+
+def _sequences(items: Sequence[Mapping[Role, Example]]) -> Iterator[Example]:
+    for i in range(len(items)):
+        yield from (example for _, example in sequences_of([items[i]]))
+
+
+def _check_lengths(model: nn.Module, sets: Mapping[str, Iterable[Example]]) -> int:
     """The longest sequence's tokens."""
-    context = context_length(model)
-    lengths = {role: max(len(example["input_ids"]) for example in of) for role, of in pairs.examples.items()}
-    for role, length in lengths.items():
-        if context is not None and length > context:
-            raise ValueError(
-                f"{role.name.lower()}_dataset has a sequence of {length} tokens, but the model's context is {context}"
-            )
-    return max(lengths.values())
+    context, longest = context_length(model), 0
+    for name, examples in sets.items():
+        for number, example in enumerate(examples):
+            try:
+                length = scored_length(example)
+            except ValueError as error:
+                raise ValueError(f"{name}, sequence {number}: {error}") from error
+            if context is not None and length > context:
+                raise ValueError(
+                    f"{name} has a sequence of {length} tokens, but the model's context is {context}: number {number}"
+                )
+            longest = max(longest, length)
+    return longest
 
 
 def _check_adapter(model: nn.Module, method: Method) -> None:
@@ -250,6 +313,11 @@ def _check_adapter(model: nn.Module, method: Method) -> None:
         raise ValueError(
             f"method {method.name!r} needs an adapter started by loku.fila.initialize_lora_fila_weights, or loaded "
             f"by load_fila_adapter; without FILA it is {'ihl' if method.name == 'loku' else 'gd'!r}"
+        )
+    if method.fila and not set(model.active_adapters) <= fila_adapters(model):
+        raise ValueError(
+            f"method {method.name!r} trains the active adapters {model.active_adapters}, but FILA started "
+            f"{sorted(fila_adapters(model))}; call model.set_adapter"
         )
 
 
