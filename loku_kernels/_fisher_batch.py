@@ -64,9 +64,9 @@ class Batch:
         self.tokens = int(offsets[-1])
         self.label_tokens = counts.sum()
         if granularity == "batch":
-            offsets, counts = torch.tensor([0, self.tokens]), self.label_tokens[None]
+            offsets, counts = torch.tensor([0, self.tokens], device="cpu"), self.label_tokens[None]
         elif granularity == "token":
-            offsets, counts = torch.arange(self.tokens + 1), counts.new_ones(self.tokens)
+            offsets, counts = torch.arange(self.tokens + 1, device="cpu"), counts.new_ones(self.tokens)
         self._offsets = offsets
         self._weights = 1 / (counts.clamp(min=1) * scale**2 * unit)
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}

@@ -96,7 +96,7 @@ class BlockKrylov:
         """How many of the ``rank`` largest Ritz values lie together, those that are nothing but rounding left out."""
         values = self._values[self._values > 1e-6 * self._values[-1]]
         ends = torch.searchsorted(values, values * (1 + _CLUSTERED), right=True)
-        return int((ends - torch.arange(len(values))).max()) if len(values) else 0
+        return int((ends - torch.arange(len(values), device=ends.device)).max()) if len(values) else 0
 
     def _multiply(self) -> tuple[Tensor, Tensor]:
         """Set the next block from M times the newest, and return the coefficients of the part of it that lies in the

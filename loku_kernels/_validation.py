@@ -6,10 +6,12 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 _OPTIONAL = ("bias", "rows")
+_LARGEST_SOFTCAP = 1e30  # quotients by a larger one may be subnormal in float32
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -36,6 +38,8 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, but is {tensor.dtype}")
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name} must have the dtype of {first_name} ({first.dtype}), but is {tensor.dtype}")
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{name} carries a tangent of forward-mode differentiation, which is not defined here")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -86,6 +90,8 @@ def check_reduction(reduction: str, num_items_in_batch: float | Tensor | None) -
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, but is {reduction!r}")
     if num_items_in_batch is not None and reduction != "mean":
         raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', but reduction is {reduction!r}")
+    if not isinstance(num_items_in_batch, (Real, Tensor, type(None))):
+        raise TypeError(f"num_items_in_batch must be a number or a tensor, but is {num_items_in_batch!r}")
     if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim() > 0:
         raise ValueError(
             f"num_items_in_batch must be one number, but has shape {tuple(num_items_in_batch.shape)}: reshape it to ()"
@@ -98,8 +104,10 @@ def check_transform(logit_scale: float, logit_softcap: float | None) -> float:
         raise TypeError(f"logit_scale must be a number, but is {logit_scale!r}")
     if logit_scale == 0:
         raise ValueError("logit_scale must not be 0")
-    if logit_softcap is not None and not 0 < logit_softcap < float("inf"):
-        raise ValueError(f"logit_softcap must be positive and finite, or None for no cap, but is {logit_softcap}")
+    if logit_softcap is not None and not 0 < logit_softcap <= _LARGEST_SOFTCAP:
+        raise ValueError(
+            f"logit_softcap must be positive and at most {_LARGEST_SOFTCAP:g}, or None for none, but is {logit_softcap}"
+        )
     return 0.0 if logit_softcap is None else float(logit_softcap)
 
 

@@ -31,7 +31,9 @@ _log = logging.getLogger(__name__)
 
 def sum_of_token_losses(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
     """The summed negative log-likelihood of ``targets``, each token's next one, from the ``logits`` of the model."""
-    return fused_cross_entropy(model(**inputs).logits, targets, reduction="sum", inplace=True)
+    logits = model(**inputs).logits
+    needed = hasattr(logits.grad_fn, "_saved_result")  # by the model's own last operation, a tanh, say
+    return fused_cross_entropy(logits, targets, reduction="sum", inplace=not needed)
 
 
 class NoLabelsError(RuntimeError):
@@ -240,7 +242,7 @@ class FisherAccumulator:
             **{f"fisher.{layer.name}": layer.fisher for layer in self._layers},
             "unit": self._unit,
             "label_tokens": self._label_tokens,
-            "granularity": torch.tensor(GRANULARITIES.index(self.granularity)),
+            "granularity": torch.tensor(GRANULARITIES.index(self.granularity), device="cpu"),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -253,9 +255,9 @@ class FisherAccumulator:
         if index is None:
             raise ValueError(f"state has the layers {sorted(names)}, which are not those of any pass here")
         group = self._groups[index]
-        granularity = GRANULARITIES[int(state["granularity"])]
-        if granularity != self.granularity:
-            raise ValueError(f"state was accumulated by {granularity}, but granularity is {self.granularity!r}")
+        if int(state["granularity"]) != GRANULARITIES.index(self.granularity):
+            known = dict(enumerate(GRANULARITIES)).get(int(state["granularity"]), "something unknown")
+            raise ValueError(f"state was accumulated by {known}, but granularity is {self.granularity!r}")
         for layer in group:
             shape = tuple(state[f"fisher.{layer.name}"].shape)
             if shape != layer.shape:
@@ -273,17 +275,20 @@ class FisherAccumulator:
         for layer in self._layers:
             layer.allocate()
         # fisher holds sums divided by `unit`; bringing it to F's scale in place saves a second copy of everything.
-        self._unit = torch.ones((), dtype=torch.float64)
+        self._unit = torch.ones((), dtype=torch.float64, device="cpu")
         self._label_tokens = torch.zeros((), dtype=torch.float64, device=self._layers[0].device)
         self._failure: str | None = None
         self._summed_over_ranks = False
 
+    # The hooks keep count of what runs, which a compiler that traces the model would do once.
+    @torch.compiler.disable
     def _keep_alive(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Autograd must reach the layers although nothing before them requires a gradient."""
         if self._batch is not None and torch.is_grad_enabled() and not output.requires_grad:
             return require_grad(output)
         return None
 
+    @torch.compiler.disable
     def _watch(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         if self._batch is None or layer.fisher is None:
             return None

@@ -32,8 +32,9 @@ def fused_linear_ihl(
     The gradients are computed together with the loss, while a chunk of logits is at hand. With a frozen head that is
     two GEMMs, 4 N V D flops, for N rows that count; a trained head adds a third. Sums over rows, which are the
     gradients of weight and bias, are accumulated in float32. With ``reduction="none"`` and a trained head the logits
-    are formed once more in the backward pass, since each row's upstream gradient must be known first. Without gradients
-    enabled, or if nothing requires one, only the losses are computed.
+    are formed once more in the backward pass, since each row's upstream gradient must be known first; in float16
+    always, since a gradient that a loss scaler has not scaled yet may vanish. Without gradients enabled, or if nothing
+    requires one, only the losses are computed.
 
     Args:
         hidden: (..., D) float32, bfloat16, float16, or float64 (by the plain-torch reference).
@@ -191,8 +192,12 @@ def linear_target_statistics(
 def _gradients_known_in_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str
 ) -> tuple[bool, bool, bool]:
-    """Which gradients the forward pass can compute: of a sum all, of single rows only those of the hidden states."""
-    if not torch.is_grad_enabled():
+    """Which gradients the forward pass can compute: of a sum all, of single rows only those of the hidden states.
+
+    None in float16, whose smallest number is 6e-8: of memorised text all of a row's gradient may vanish unless it is
+    formed after a loss scaler's factor is known, in the backward pass.
+    """
+    if not torch.is_grad_enabled() or hidden.dtype == torch.float16:
         return False, False, False
     need_weight, need_bias = weight.requires_grad, bias is not None and bias.requires_grad
     if reduction == "none" and (need_weight or need_bias):

@@ -9,6 +9,7 @@ time.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 import threading
@@ -54,7 +55,8 @@ def _idle_block(n_bytes: int) -> mmap.mmap | None:
 def _new_block(n_bytes: int) -> mmap.mmap:
     _release_idle_blocks()
     block = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        block.madvise(mmap.MADV_HUGEPAGE)
     _blocks.append(block)
     return block
 

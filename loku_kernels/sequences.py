@@ -24,7 +24,7 @@ def sequence_offsets(batch: Mapping[str, Tensor]) -> Tensor:
     rows, length = batch["labels"].shape
     positions = batch.get("position_ids")
     if positions is None:
-        return torch.arange(rows + 1) * length
+        return torch.arange(rows + 1, device="cpu") * length
     starts = (positions == 0).expand(rows, length).clone()
     mask = batch.get("attention_mask")
     if mask is not None and mask.dim() == 2:

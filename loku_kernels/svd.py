@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -50,9 +51,10 @@ def weighted_svd(
     """The best rank-``rank`` approximation U diag(S) Vh of A = diag(row_weight) @ weight in the Frobenius norm.
 
     The residual ||A - U diag(S) Vh|| exceeds that of the optimum by at most ``rtol`` of it, and by at most 1% of what
-    rank 0's residual, ||A||, exceeds it by; both up to rounding, 8 epsilons of ||A|| in quadrature. The optimum is not
-    known, so this rests on an estimate of what is missing, which erred on the safe side on the spectra studied (flat,
-    clustered, power-law, low rank with noise). Where it does not come down in time, the decomposition is exact.
+    rank 0's residual, ||A||, exceeds it by; both up to rounding, 8 epsilons of ||A|| in quadrature (40 for a float64
+    weight). The optimum is not known, so this rests on an estimate of what is missing, which erred on the safe side on
+    the spectra studied (flat, clustered, power-law, low rank with noise). Where it does not come down in time, the
+    decomposition is exact. Autocast is off inside.
 
     Args:
         weight: (..., out, in), floating point. Leading dimensions are a batch, worked through one matrix at a time.
@@ -88,10 +90,10 @@ def weighted_svd(
     S = torch.zeros(*batch, rank, dtype=dtype, device=device)
     Vh = torch.zeros(*batch, rank, columns, dtype=dtype, device=device)
     residual = torch.zeros(batch, dtype=dtype, device=device)
-    for index in torch.cartesian_prod(*map(torch.arange, batch)).view(-1, len(batch)).tolist() if batch else [()]:
-        i = tuple(index)
-        matrix = _Weighted(weight[i].to(dtype), row_weight[i])
-        U[i], S[i], Vh[i], residual[i] = _factorise(matrix, rank, rtol, torch.Generator(device).manual_seed(seed))
+    with torch.autocast(device.type, enabled=False):
+        for i in itertools.product(*map(range, batch)):
+            matrix = _Weighted(weight[i].to(dtype), row_weight[i])
+            U[i], S[i], Vh[i], residual[i] = _factorise(matrix, rank, rtol, torch.Generator(device).manual_seed(seed))
     return WeightedSVD(U, S, Vh, residual)
 
 

@@ -158,6 +158,7 @@ def test_states_of_something_else_are_refused():
     for other, change, message in [
         (FisherAccumulator(model, ["q_proj"]), {}, r"not those of any pass here"),
         (FisherAccumulator(model, TARGETS, "token"), {}, "accumulated by sequence, but granularity is 'token'"),
+        (FisherAccumulator(model, TARGETS), {"granularity": torch.tensor(7)}, "accumulated by something unknown"),
         (
             FisherAccumulator(model, TARGETS),
             {"fisher.model.layers.1.mlp.up_proj": torch.zeros(32, 48)},

@@ -247,3 +247,34 @@ def test_layers_that_do_not_see_all_tokens_or_none():
         with pytest.warns(UserWarning, match="no gradient reached unused: the Fisher information is 0"):
             fisher = accumulator.fisher
     assert not fisher["unused"].any() and fisher["expert"].any()
+
+
+# --- models that are compiled, or whose logits have an end of their own
+
+
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_compiled_models(part):
+    model = build("llama")
+    expected = accumulate(model, BATCHES, target_modules=TARGETS)
+    (model if part == "model" else model.model.layers[0]).compile(backend="eager")
+    assert_close(accumulate(model, BATCHES, target_modules=TARGETS), expected, 1e-6)
+
+
+def test_logits_that_the_model_needs_for_its_own_gradient():
+    class Capped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = build("llama")
+
+        def forward(self, **inputs):
+            return types.SimpleNamespace(logits=self.body(**inputs).logits.tanh())
+
+    model = Capped()
+    found = accumulate(model, BATCHES[:1], target_modules=TARGETS)
+
+    def loss(model, inputs, targets):
+        return nn.functional.cross_entropy(
+            model(**inputs).logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100
+        )
+
+    assert_close(found, accumulate(model, BATCHES[:1], target_modules=TARGETS, loss=loss), 1e-5)

@@ -237,6 +237,26 @@ def test_scale_and_soft_cap(backend, device):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", [lk.fused_linear_ihl, lk.fused_linear_cross_entropy])
+def test_float16_keeps_the_gradient_of_memorised_rows_under_a_loss_scaler(backend, device, loss, reduction):
+    """1 - p_t near 1e-8, less than float16 can hold."""
+    rows, size, vocabulary, scale = 8, 32, 1000, 65536.0
+    labels = torch.arange(rows, device=device)
+    weight = 0.3 * torch.randn(vocabulary, size, generator=torch.Generator().manual_seed(0))
+    weight[:rows] = 4 * torch.eye(rows, size)
+    hidden = 7 * torch.eye(rows, size)
+
+    def gradient(dtype, scale):
+        h = hidden.to(device, dtype).requires_grad_()
+        (scale * loss(h, weight.half().to(device, dtype), labels, reduction=reduction).sum()).backward()
+        return h.grad.double() / scale
+
+    expected = gradient(torch.float64, 1.0)
+    assert 0 < expected.abs().max() < 6e-8
+    assert (gradient(torch.float16, scale) - expected).norm() <= 0.01 * expected.norm()
+
+
 def test_autocast_casts_as_a_linear_layer_does(backend, device):
     hidden, weight, _, labels = problem(9, 8, 301, torch.float32, device)
     h = hidden.clone().requires_grad_()

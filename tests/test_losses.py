@@ -113,6 +113,13 @@ def test_everything_ignored(backend, device):
     assert loss.item() == 0.0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+def test_no_rows_of_elements_that_are_not_adjacent(backend, device):
+    logits = torch.randn(4, 7, 6, device=device)[..., ::2][:0].requires_grad_()
+    loss = lk.fused_ihl(logits, torch.zeros(0, 7, dtype=torch.int64, device=device))
+    loss.backward()
+    assert loss == 0 and logits.grad.shape == (0, 7, 3)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_empty(backend, device, reduction):
     logits = torch.empty(0, 5, 40, device=device, requires_grad=True)
@@ -251,6 +258,20 @@ def test_inplace_writes_the_gradient_over_the_logits(backend, device, dtype):
     loss.backward(retain_graph=True)
     assert torch.equal(leaf.grad, z.grad) and torch.equal(logits, z.grad)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda logits, loss: logits.mul_(2), lambda logits, loss: loss.backward(retain_graph=True)]
+)
+def test_inplace_under_hooks_of_saved_tensors(backend, device, spoil):
+    """Which autograd does not check where they return what they were given."""
+    values, labels = random_problem(6, 1003, torch.float32, device)
+    logits = values.clone().requires_grad_() * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        loss = lk.fused_ihl(logits, labels, inplace=True)
+    spoil(logits, loss)
+    with pytest.raises(RuntimeError, match="the logits were modified since the loss"):
         loss.backward()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 
@@ -38,6 +40,17 @@ def test_a_dead_gradient_is_written_over_and_a_living_one_is_not():
     assert third.data_ptr() not in (address, second.data_ptr()) and torch.equal(row, kept[3])
     del row
     assert step(logits, labels).data_ptr() == address
+
+
+def test_a_kernel_without_huge_pages(monkeypatch):
+    class Plain(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    lk.empty_cache()
+    monkeypatch.setattr(mmap, "mmap", Plain)
+    assert step(torch.randn(SHAPE), torch.zeros(SHAPE[0], dtype=torch.int64)).any()
+    lk.empty_cache()
 
 
 def test_blocks_of_another_size_are_released():

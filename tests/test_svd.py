@@ -220,6 +220,15 @@ def test_batch_equals_loop():
                 assert torch.equal(batched[i, j], single)
 
 
+def test_neither_autocast_nor_the_default_device_matters():
+    weight, row_weight = case("flat", 400, 500)
+    weight, row_weight = weight.float(), row_weight.float()
+    expected = weighted_svd(weight[None], row_weight[None], 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        got = weighted_svd(weight[None], row_weight[None], 6)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
 def test_empty_batch():
     got = weighted_svd(torch.zeros(0, 6, 5), torch.zeros(0, 6), 2)
     assert [tuple(x.shape) for x in got] == [(0, 6, 2), (0, 2), (0, 2, 5), (0,)]

@@ -12,6 +12,7 @@ from loku_kernels import backends
 
 Z, Y = torch.randn(2, 3, 40), torch.zeros(2, 3, dtype=torch.int64)
 H, W = torch.randn(2, 3, 8), torch.randn(40, 8)
+_TWICE = torch.tensor([1, 0, 1])
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,9 @@ H, W = torch.randn(2, 3, 8), torch.randn(40, 8)
         (ValueError, "reduction must be one of.*'avg'", lambda: lk.fused_cross_entropy(Z, Y, reduction="avg")),
         (ValueError, "num_items_in_batch.*'sum'", lambda: lk.fused_ihl(Z, Y, reduction="sum", num_items_in_batch=3)),
         (ValueError, "logit_softcap must be positive.*-1", lambda: lk.fused_ihl(Z, Y, logit_softcap=-1.0)),
-        (ValueError, "logit_softcap must be.*finite", lambda: lk.fused_ihl(Z, Y, logit_softcap=float("inf"))),
+        (ValueError, "logit_softcap must be.*at most 1e.*inf", lambda: lk.fused_ihl(Z, Y, logit_softcap=float("inf"))),
+        (ValueError, "logit_softcap must be.*at most 1e.*31", lambda: lk.fused_ihl(Z, Y, logit_softcap=1e31)),
+        (TypeError, "num_items_in_batch must be.*'3'", lambda: lk.fused_ihl(Z, Y, num_items_in_batch="3")),
         (ValueError, "logit_scale", lambda: lk.fused_ihl(Z, Y, logit_scale=0.0)),
         (TypeError, "logit_scale must be a number.*'a'", lambda: lk.fused_ihl(Z, Y, logit_scale="a")),
         (TypeError, "ignore_index must be an integer.*None", lambda: lk.fused_ihl(Z, Y, ignore_index=None)),
@@ -63,6 +66,7 @@ H, W = torch.randn(2, 3, 8), torch.randn(40, 8)
         (TypeError, "rows must be a torch.Tensor", lambda: lk.fused_linear_ihl(H, W, Y, rows=[0])),
         (ValueError, "rows must be", lambda: lk.fused_linear_ihl(H, W, Y, rows=torch.ones(2))),
         (ValueError, "rows must lie in.*6", lambda: lk.fused_linear_ihl(H, W, Y, rows=torch.tensor([0, 6]))),
+        (ValueError, "rows must name each row once, but 1 comes 2", lambda: lk.fused_linear_ihl(H, W, Y, rows=_TWICE)),
         (TypeError, "chunk_bytes must be an integer", lambda: lk.fused_linear_ihl(H, W, Y, chunk_bytes=1e6)),
         (ValueError, "chunk_bytes must be positive", lambda: lk.fused_linear_ihl(H, W, Y, chunk_bytes=0)),
     ],
@@ -70,6 +74,21 @@ H, W = torch.randn(2, 3, 8), torch.randn(40, 8)
 def test_errors_name_the_argument(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: lk.fused_ihl(z, Y[0]),
+        lambda z: lk.target_statistics(z, Y[0]).rest.sum(),
+        lambda z: lk.fused_linear_cross_entropy(z, torch.eye(40), Y[0]),
+        lambda z: lk.linear_target_statistics(torch.eye(40)[:3], z.T @ z, Y[0]).rest.sum(),
+    ],
+)
+def test_forward_mode_is_refused(loss):
+    """It would find tangents of zero."""
+    with pytest.raises(RuntimeError, match="carries a tangent of forward-mode differentiation"):
+        torch.func.jvp(loss, (Z[0],), (torch.ones_like(Z[0]),))
 
 
 def test_unknown_backends_are_refused_with_the_usable_ones():

@@ -197,5 +197,5 @@ def _load() -> str | None:
 
 
 def _empty_table(labels: Tensor) -> tuple[Tensor, Tensor]:
-    rows = torch.empty((formulas.ROW_FIELDS, labels.shape[0]), dtype=torch.float32)
+    rows = torch.empty((formulas.ROW_FIELDS, labels.shape[0]), dtype=torch.float32, device=labels.device)
     return rows, torch.empty_like(labels)

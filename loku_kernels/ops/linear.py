@@ -331,9 +331,12 @@ def _chunks(
 
 
 def _check_rows(rows: Tensor | None, n_rows: int) -> None:
-    """Refuse rows that do not exist where looking costs no synchronisation (on the CPU)."""
+    """Refuse rows that do not exist, or come twice, where looking costs no synchronisation (on the CPU)."""
     if rows is None or rows.device.type != "cpu":
         return
     outside = (rows < 0) | (rows >= n_rows)
     if outside.any():
         raise ValueError(f"rows must lie in [0, {n_rows}), but {int(rows[outside][0])} was given")
+    counts = rows.bincount()
+    if (counts > 1).any():
+        raise ValueError(f"rows must name each row once, but {int(counts.argmax())} comes {int(counts.max())} times")

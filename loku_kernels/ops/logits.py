@@ -56,6 +56,8 @@ def _(logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap, reduc
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, labels, _, _, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.reduction, ctx.inplace = inputs
     _, factor, rows, index = output
+    if ctx.inplace:
+        ctx.version = logits._version
     ctx.mark_non_differentiable(factor, rows, index)
     ctx.set_materialize_grads(False)  # or zeros of the table's size would be filled in for it
     ctx.save_for_backward(logits, labels, index, factor, rows)
@@ -69,6 +71,9 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[T
     arguments = (labels, index, rows[formulas.COEFFICIENTS], upstream, ctx.ignore_index, ctx.scale, ctx.softcap)
     if ctx.inplace and not torch.is_grad_enabled():
         logits = logits.detach()
+        # autograd checks this itself, except where hooks of saved tensors (save_on_cpu) return what they were given.
+        if logits._version > ctx.version:
+            raise RuntimeError("the logits were modified since the loss, by an earlier backward pass with inplace, say")
         row_gradient_(logits, *arguments)
         gradient = logits
     else:
@@ -233,7 +238,7 @@ def statistics_coefficients(rows: Tensor, grad_target: Tensor, grad_runner_up: T
 
 def unit_last_stride(logits: Tensor) -> Tensor:
     """The kernels read rows of adjacent elements; any other layout is copied into one."""
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
+    return logits if logits.stride(-1) == 1 else logits.clone(memory_format=torch.contiguous_format)
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
