@@ -185,6 +185,17 @@ def test_tdec_without_a_goal(unlearn_refused, workshop):
     assert "needs sequences of one length" in line
 
 
+def test_retain_log_of_another_forget_set(workshop, loku, refused, folder, tmp_path):
+    words = ["--forget", "forget01", "--data_dir", workshop.root, "--benchmark", "tofu", "--limit", "1"]
+    loku("evaluate", "--model", workshop / "llama", *words, "--output_dir", tmp_path / "retain")
+    path = tmp_path / "retain" / "eval_log_aggregated.json"
+    log = json.loads(path.read_text())
+    log["eval_log_forget.json"]["generated_text"]["0"][2] = "Another answer."
+    path.write_text(json.dumps(log))
+    line = refused(*workshop.unlearn("ihl", folder, *words, "--retain", "retain99", "--retain_log", path))
+    assert f"--retain_log {path}: retain_log must have the forget samples" in line and "'Another answer.'" in line
+
+
 def test_importance_file_that_is_none_or_of_another_model(unlearn_refused, workshop, loku, tmp_path):
     assert "`loku importance` writes one" in unlearn_refused("--importance", tmp_path / "rows.st", method="loku")
     (tmp_path / "rows.st").write_bytes(b"")

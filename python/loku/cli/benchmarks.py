@@ -153,7 +153,9 @@ class Benchmark:
 
     def _tofu(self, model: nn.Module) -> dict[str, float]:
         log = measure_tofu(model, self.sources, self.splits, self.options.limit)
-        return {name: value for name, value in aggregate_tofu(log, self.retain_log).items() if value is not None}
+        with blaming(f"--retain_log {self.options.retain_log}"):
+            measures = aggregate_tofu(log, self.retain_log)
+        return {name: value for name, value in measures.items() if value is not None}
 
 
 def tofu_sources(forget: str | None, sources: Tokenised) -> dict[str, str]:
