@@ -213,6 +213,13 @@ def test_targets(workshop, family, targets):
     assert isinstance(head, torch.nn.Linear)  # never an adapter
 
 
+def test_the_head_is_a_target_where_it_is_named(workshop):
+    model = AutoModelForCausalLM.from_pretrained(workshop / "llama")
+    adapted = get_peft_model(model, lora_config(model, AdapterOptions(rank=4, targets="q_proj, lm_head")))
+    names = {name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert names == {"lm_head", *(f"model.layers.{i}.self_attn.q_proj" for i in range(2))}
+
+
 OPT = {"ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "word_embed_proj_dim": 16}
 
 

@@ -140,6 +140,8 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
         (("--rank", "0"), "--rank must be positive, but is 0"),
         (("--lora_dropout", "2"), "--lora_dropout must be from 0 to below 1, but is 2.0"),
         (("--targets", "qkv"), "names no linear layer of the model, which has down_proj, gate_proj"),
+        (("--targets", "q_proj,v_prj"), "--targets 'v_prj' names no linear layer of the model, which has down_proj"),
+        (("--targets", "q_proj,"), "--targets '' names no linear layer"),
         (("--evaluate_every", "0"), "--evaluate_every must be epoch or a number of steps"),
         (("--dtype", "float8"), "--dtype"),
         (("--packing", "always", "--attn_implementation", "eager", "--row_tokens", "3"), "row_tokens must be"),
@@ -162,6 +164,11 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
 )
 def test_options_that_do_not_fit(unlearn_refused, options, message):
     assert message in unlearn_refused(*options)
+
+
+def test_a_head_that_is_tied_is_no_target(unlearn_refused):
+    line = unlearn_refused("--targets", "q_proj,lm_head", family="gpt_neo")
+    assert "names the head, lm_head, whose weight is the input embedding's too" in line
 
 
 def test_options_of_other_commands_that_do_not_fit(workshop, refused, folder):

@@ -105,6 +105,18 @@ def test_what_is_exported_gives_the_logits_of_the_run(workshop, loku, tmp_path, 
             assert (loaded["logits"][family][kind] - final[family]).abs().max() < 1e-4 * moved
 
 
+def test_an_adapted_head_is_exported_too(workshop, loku, folder, tmp_path, monkeypatch, no_plots):
+    final = keep_final_logits(monkeypatch)
+    loku(*workshop.unlearn("loku", folder, "--targets", "q_proj,lm_head"))
+    words = ["--model", workshop / "llama", "--adapter", folder / "adapter", "--format", "merged"]
+    loku("export", *words, "--output_dir", tmp_path / "merged")
+    with torch.no_grad():
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(IDS).logits for path in (words[1], tmp_path / "merged")
+        )
+    assert (after - final[folder.name]).abs().max() < 1e-4 * (before - final[folder.name]).abs().max()
+
+
 def test_finetune_from_a_config_with_the_tokenizers_vocabulary(workshop, loku, folder):
     words = ["--model_config", workshop / "model.yaml", "--tokenizer", workshop / "tokenizer"]
     sources = ["--train", workshop / "forget.jsonl", workshop / "retain.jsonl"]

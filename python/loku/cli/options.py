@@ -60,7 +60,7 @@ class AdapterOptions:
 
     rank: int = option(16, "r of the adapter")
     alpha: float | None = option(None, "lora_alpha; 2 * rank if not given, as published")
-    targets: str = option("all", "all, attn, mlp, or comma-separated module names, such as q_proj,v_proj")
+    targets: str = option("all", "all (but the head), attn, mlp, or comma-separated names, such as q_proj,v_proj")
     lora_dropout: float = option(0.0, "dropout before the adapter")
 
 
