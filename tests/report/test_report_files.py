@@ -187,6 +187,15 @@ def test_names_are_no_markup_in_the_terminal(tmp_path):
     assert "[red]x" in console.export_text()
 
 
+def test_a_run_given_twice_is_no_second_seed(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", results=tdec_results(0.1, 31.0))
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    write_report(["run", "./run", folder, tmp_path / "link", Run.load("run/../run")], "out")
+    (group,) = json.loads((tmp_path / "out" / "report.json").read_text())["groups"]
+    assert group["after"]["el_10"]["count"] == 1 and [run["folder"] for run in group["runs"]] == ["run"]
+
+
 @pytest.mark.parametrize("runs", [[], "runs/loku"])
 def test_no_runs_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="runs must be a sequence of at least one run or run folder"):

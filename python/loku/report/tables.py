@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAVY
 from rich.table import Column
@@ -50,10 +51,14 @@ def summary_table(runs: Sequence[Run | str | os.PathLike], title: str = "Before 
 
 
 def load_runs(runs: Sequence[Run | str | os.PathLike]) -> list[Run]:
-    """Runs as they are, folders loaded. Raises ValueError if there is none."""
+    """Runs as they are, folders loaded; each folder once, under whichever of its paths came first: a run that is given
+    twice is no second seed. Raises ValueError if there is none."""
     if isinstance(runs, (str, os.PathLike, Run)) or not len(runs):
         raise ValueError(f"runs must be a sequence of at least one run or run folder, got {runs!r}")
-    return [run if isinstance(run, Run) else Run.load(run) for run in runs]
+    by_folder: dict[Path, Run] = {}
+    for run in (run if isinstance(run, Run) else Run.load(run) for run in runs):
+        by_folder.setdefault(run.folder.resolve(), run)
+    return list(by_folder.values())
 
 
 def all_tables(groups: Sequence[Group]) -> list[Table]:
