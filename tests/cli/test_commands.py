@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -197,6 +198,16 @@ def test_evaluate_perplexity_of_several_texts(workshop, loku, folder):
     blocks = [ids[i : i + 64] for i in range(0, len(ids), 64)]  # the context, which is shorter than 512
     expected = perplexity(model, [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1])
     assert after["wikitext2:test perplexity"] == pytest.approx(expected)
+
+
+def test_names_of_texts_are_no_markup(workshop, loku, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c[").mkdir()
+    names = ["c[/b].jsonl", "[v2].jsonl"]
+    for name in names:
+        shutil.copyfile(workshop / "forget.jsonl", name)
+    out = loku("evaluate", "--model", workshop / "llama", "--text", *names)
+    assert all(f"{name} perplexity" in out for name in names)
 
 
 def test_unlearn_tdec_stops_when_the_goal_is_reached(workshop, loku, folder, no_plots):

@@ -183,8 +183,9 @@ def test_terminal_table_has_the_numbers_at_80_columns(two_methods):
 
 def test_names_are_no_markup_in_the_terminal(tmp_path):
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(summary_table([make_run(tmp_path / "a", method="[red]x")]))
-    assert "[red]x" in console.export_text()
+    console.print(summary_table([make_run(tmp_path / "a", method="[red]x")], title="Of [v2]"))
+    text = console.export_text()
+    assert "[red]x" in text and "Of [v2]" in text
 
 
 def test_a_run_given_twice_is_no_second_seed(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAVY
+from rich.markup import escape
 from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -42,7 +43,8 @@ def summary_table(runs: Sequence[Run | str | os.PathLike], title: str = "Before 
     groups = group_runs(load_runs(runs))
     parts = [results_table(groups), costs_table(groups, ("seconds", "peak_memory_mib"))]
     columns = [Column(Text(group.label), justify="right", overflow="fold") for group in groups]
-    table = RichTable(Column("Run", no_wrap=True), *columns, title=title, box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
+    columns = [Column("Run", no_wrap=True), *columns]
+    table = RichTable(*columns, title=escape(title), box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
     arrow = " →" if len(groups) <= 2 else "\n→"
     for part in parts:
         for name, *cells in list(zip(part.header, *part.rows, strict=True))[1:]:
