@@ -281,6 +281,19 @@ def test_report_compares_runs(workshop, loku, folder, tmp_path, no_plots):
     assert summary["groups"][0]["costs"]["tokens_per_second"]["mean"] > 0
 
 
+def test_report_takes_evaluations(workshop, loku, refused, folder, tmp_path):
+    """And says what it takes where a folder is neither a training's nor an evaluation's."""
+    text = ["--text", "wikitext2:test", "--data_dir", workshop.root]
+    for family in ("llama", "phi"):
+        loku("evaluate", "--model", workshop / family, *text, "--output_dir", tmp_path / family)
+    out = loku("report", "--runs", tmp_path / "llama", tmp_path / "phi", "--output", folder)
+    assert "Perplexity of wikitext2:test" in out and "llama" in out and "phi" in out
+    words = ["importance", "--model", workshop / "llama", *workshop.texts, "--rank", "4"]
+    loku(*words, "--output_dir", tmp_path / "rows")
+    line = refused("report", "--runs", tmp_path / "rows", "--output", folder)
+    assert f"{tmp_path / 'rows'} must be the folder of a training or of an evaluation" in line
+
+
 def test_demo_of_tiny_size(loku, folder):
     sizes = ["--people", "3", "--forget", "1", "--memorise_epochs", "2", "--unlearn_epochs", "1"]
     out = loku("demo", "--output_dir", folder, *sizes)

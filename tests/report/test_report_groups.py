@@ -114,6 +114,7 @@ def test_names_of_metrics():
     assert metric("el_10").title == "EL₁₀ (lower is better)"
     assert metric("log10_forget_quality").title == "log₁₀ forget quality (higher is better)"
     assert (metric("retain_truth_ratio").label, metric("retain_truth_ratio").role) == ("Retain truth ratio", "other")
+    assert metric("wiki text:test perplexity").title == "Perplexity of wiki text:test (lower is better)"
     keys = {"perplexity", "el_10", "el_5", "world_facts", "ma", "model_utility", "forget_quality"}
     assert [m.key for m in ordered(keys)] == ["el_5", "el_10", "ma", "model_utility", "perplexity", "world_facts"]
 
