@@ -76,6 +76,15 @@ def test_config_gives_defaults_that_the_command_line_overrides(yaml_file):
     assert sizes("--config", path, "--rank", 4, "--train", "c", "--resume", "false") == Sizes(4, 1e-3, ["c"], False)
 
 
+def test_words_that_yaml_takes_for_booleans(yaml_file):
+    path = yaml_file("save_strategy: no\nsave_only_model: yes\nmodel: off\nlog_on_each_node: off\n")
+    model, config = parse("test", [ModelOptions, UnlearnConfig], ["--config", str(path), *CPU], "A test.")
+    assert config.save_strategy == "no" and model.model == "off"  # words where words are meant,
+    assert config.save_only_model is True and config.log_on_each_node is False  # and switches where switches are
+    with pytest.raises(CommandError, match="invalid choice: 'false'"):
+        parse("test", [UnlearnConfig], ["--config", str(yaml_file("save_strategy: false\n")), *CPU], "A test.")
+
+
 def test_config_comes_before_preset(yaml_file):
     path = yaml_file("rank: 8\n")
     words = ["--preset", "phi-1.5b", "--config", str(path)]

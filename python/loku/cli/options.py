@@ -178,12 +178,15 @@ def _given(parser: HfArgumentParser, values: Mapping[str, Any], known: Mapping[s
     return arguments
 
 
-def _read_options(path: Path, known: Iterable[str]) -> dict[str, Any]:
+def _read_options(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     values = read_mapping(path, "--config")
     for key in values:
         if key not in known:
             raise CommandError(f"--config {path}: {_unknown(str(key), known)}")
-    return values
+    # YAML takes a bare no for False, but to what is no switch, such as save_strategy, it is a word: as it was written.
+    words = {key.value: node.value for key, node in yaml.compose(path.read_text(), yaml.SafeLoader).value}
+    misread = {key for key, value in values.items() if isinstance(value, bool) and "bool" not in str(known[key])}
+    return {key: words[key] if key in misread & words.keys() else value for key, value in values.items()}
 
 
 def read_mapping(path: str | Path, option: str) -> dict[str, Any]:
