@@ -276,6 +276,17 @@ def test_a_finished_run_is_not_overwritten(workshop, loku, refused, folder, no_p
     assert results(folder)["after"] == before["after"]
 
 
+def test_sequences_to_forget_and_to_keep_too(workshop, folder, tmp_path, capsys, no_plots):
+    lines = [(workshop / f"{name}_text.jsonl").read_text() for name in ("retain", "forget")]
+    both = tmp_path / "both.jsonl"
+    both.write_text(lines[0] + "".join(lines[1].splitlines(keepends=True)[:3]))
+    assert main([str(word) for word in workshop.unlearn("ihl", folder, "--retain", both)]) == 0
+    warning = "loku: warning: 3 of the 4 sequences of --forget are also among those of --retain"
+    assert capsys.readouterr().err.splitlines().count(warning) == 1
+    assert main([str(word) for word in workshop.unlearn("ihl", tmp_path / "apart")]) == 0
+    assert "also among" not in capsys.readouterr().err
+
+
 def test_a_run_that_diverges_says_so(workshop, folder, capsys):
     """What is not finite is null, and the report is written all the same."""
     options = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--evaluate_every", "1"]
