@@ -41,7 +41,7 @@ class BenchmarkOptions:
 
     benchmark: Literal["none", "tdec", "tofu"] = option("none", "besides the losses on forget and retain set")
     evaluate_every: str = option("epoch", "epoch, or a number of steps")
-    limit: int = option(300, "most samples of each evaluation; 300 as published with TOFU")
+    limit: int = option(300, "most samples of --forget, --retain and each TOFU task; 300 as published with TOFU")
     text: str | None = option(None, "source whose perplexity is measured, such as wikitext2:validation")
     unseen: str | None = option(None, "tdec: sequences never trained on, whose EL_10 and MA are the goal: tdec[32:64]")
     el_threshold: float | None = option(None, "tdec: the goal for EL_10, where it is not measured on --unseen")
