@@ -147,6 +147,19 @@ def test_presets_parse_for_every_command(command, preset):
         assert found["method"] == "loku" and found["rank"] == RANKS[found["benchmark"]] and found["bf16"]
 
 
+def test_options_of_another_benchmark_are_unused(capsys):
+    words = ["--preset", "gpt-neo-125m", *CPU]
+    parse("unlearn", UNLEARN, [*words, "--unseen", "tdec[32:64]"], "A test.")
+    assert capsys.readouterr().err == ""
+    parse("unlearn", UNLEARN, [*words, "--benchmark", "tofu", "--retain_log", "log.json"], "A test.")
+    assert capsys.readouterr().err.splitlines() == [
+        f"loku: warning: --{name} is for --benchmark tdec, and has no effect with tofu"
+        for name in ("el_threshold", "ma_threshold")
+    ]
+    parse("evaluate", OPTIONS["evaluate"], ["--retain_log", "log.json"], "A test.")
+    assert "--retain_log is for --benchmark tofu, and has no effect with perplexity" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("preset", "finetune", "unlearn"), [("llama2-7b", 1e-5, 1e-4), ("phi-1.5b", 2e-5, 2e-4)])
 def test_presets_have_learning_rates_for_each_command(preset, finetune, unlearn):
     for command, learning_rate in (("finetune", finetune), ("unlearn", unlearn)):

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from loku.cli.checks import check_values
+from loku.cli.checks import check_values, warn_of_unused
 from loku.cli.errors import CommandError, blaming
 
 
@@ -125,6 +125,7 @@ def parse(command: str, option_types: list[type], argv: list[str], description: 
         if getattr(asked, key) not in (value, parser.get_default(key)):
             raise CommandError(f"--{key} is {value} in loku {command}, but {getattr(asked, key)} was given")
     check_values(vars(asked))
+    warn_of_unused(vars(asked))
     arguments += [f"--{key}={value}" for key, value in fixed.items()]
     with blaming():
         *options, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
