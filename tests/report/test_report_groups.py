@@ -56,7 +56,9 @@ def test_infinities_stay_in_the_mean(tmp_path):
         ([{"rank": 4, "alpha": 8}, {"rank": 8, "alpha": 16}], ["loku, rank 4", "loku, rank 8"]),
         ([{"learning_rate": 0.1}, {"learning_rate": 0.2}, {"method": "gd"}], None),
         ([{"model": "a/small/"}, {"model": "b/large"}], ["loku, model small", "loku, model large"]),
-        ([{"model": "a/m"}, {"model": "b/m"}], ["loku, model m (1)", "loku, model m (2)"]),
+        ([{"model": m} for m in ("a/x/m", "b/x/m", "n")], [f"loku, model {m}" for m in ("a/x/m", "b/x/m", "n")]),
+        ([{"model": "r/a/m"}, {"model": "r/b/m/"}, {"model": "m"}], [f"loku, model {m}" for m in ("a/m", "b/m", "m")]),
+        ([{"model": "a/m"}, {"model": "a/m/"}], ["loku, model a/m (1)", "loku, model a/m (2)"]),
         ([{"method": None}], ["null"]),
     ],
 )
