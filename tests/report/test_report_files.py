@@ -157,6 +157,15 @@ def test_colours_follow_the_theme(page):
     assert all(f"{name}:" in light and f"{name}:" in dark for name in used)
 
 
+def test_names_that_no_font_has_are_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr("loku.report.style._FONTS", ("DejaVu Sans",))
+    run = make_run(tmp_path / "run", method="忘却 忘", results=tdec_results(0.1, 31.0))
+    with pytest.warns(UserWarning) as warned:
+        page = write_report([run], tmp_path / "out")
+    assert [str(warning.message).partition(",")[0] for warning in warned] == ["no font here has 忘却"]
+    assert "忘却 忘" in page.read_text()
+
+
 def test_names_are_text_and_never_markup(tmp_path):
     runs = [make_run(tmp_path / "a", method=_HOSTILE, results=tdec_results(0.1, 31.0)), make_run(tmp_path / "b")]
     page = _Page(write_report(runs, tmp_path / "out", title=f"</title>{_HOSTILE}").read_text())
