@@ -106,11 +106,14 @@ def test_what_is_exported_gives_the_logits_of_the_run(workshop, loku, tmp_path, 
             assert (loaded["logits"][family][kind] - final[family]).abs().max() < 1e-4 * moved
 
 
-def test_an_adapted_head_is_exported_too(workshop, loku, folder, tmp_path, monkeypatch, no_plots):
+@pytest.mark.parametrize("method", ["loku", "ihl"])
+def test_an_adapted_head_is_exported_too(workshop, loku, folder, tmp_path, monkeypatch, no_plots, method):
     final = keep_final_logits(monkeypatch)
-    loku(*workshop.unlearn("loku", folder, "--targets", "q_proj,lm_head"))
+    loku(*workshop.unlearn(method, folder, "--targets", "q_proj,lm_head"))
     words = ["--model", workshop / "llama", "--adapter", folder / "adapter", "--format", "merged"]
     loku("export", *words, "--output_dir", tmp_path / "merged")
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        assert any("lm_head.lora_B" in name for name in file.keys())  # noqa: SIM118
     with torch.no_grad():
         before, after = (
             AutoModelForCausalLM.from_pretrained(path).eval()(IDS).logits for path in (words[1], tmp_path / "merged")
