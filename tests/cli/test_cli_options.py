@@ -76,6 +76,15 @@ def test_config_gives_defaults_that_the_command_line_overrides(yaml_file):
     assert sizes("--config", path, "--rank", 4, "--train", "c", "--resume", "false") == Sizes(4, 1e-3, ["c"], False)
 
 
+def test_words_that_yaml_takes_for_booleans(yaml_file):
+    path = yaml_file("save_strategy: no\nsave_only_model: yes\nmodel: off\nlog_on_each_node: off\n")
+    model, config = parse("test", [ModelOptions, UnlearnConfig], ["--config", str(path), *CPU], "A test.")
+    assert config.save_strategy == "no" and model.model == "off"  # words where words are meant,
+    assert config.save_only_model is True and config.log_on_each_node is False  # and switches where switches are
+    with pytest.raises(CommandError, match="invalid choice: 'false'"):
+        parse("test", [UnlearnConfig], ["--config", str(yaml_file("save_strategy: false\n")), *CPU], "A test.")
+
+
 def test_config_comes_before_preset(yaml_file):
     path = yaml_file("rank: 8\n")
     words = ["--preset", "phi-1.5b", "--config", str(path)]
@@ -136,6 +145,19 @@ def test_presets_parse_for_every_command(command, preset):
     assert found["model"].count("/") == 1
     if command == "unlearn":
         assert found["method"] == "loku" and found["rank"] == RANKS[found["benchmark"]] and found["bf16"]
+
+
+def test_options_of_another_benchmark_are_unused(capsys):
+    words = ["--preset", "gpt-neo-125m", *CPU]
+    parse("unlearn", UNLEARN, [*words, "--unseen", "tdec[32:64]"], "A test.")
+    assert capsys.readouterr().err == ""
+    parse("unlearn", UNLEARN, [*words, "--benchmark", "tofu", "--retain_log", "log.json"], "A test.")
+    assert capsys.readouterr().err.splitlines() == [
+        f"loku: warning: --{name} is for --benchmark tdec, and has no effect with tofu"
+        for name in ("el_threshold", "ma_threshold")
+    ]
+    parse("evaluate", OPTIONS["evaluate"], ["--retain_log", "log.json"], "A test.")
+    assert "--retain_log is for --benchmark tofu, and has no effect with perplexity" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("preset", "finetune", "unlearn"), [("llama2-7b", 1e-5, 1e-4), ("phi-1.5b", 2e-5, 2e-4)])
@@ -211,6 +233,13 @@ def test_targets(workshop, family, targets):
     adapted = get_peft_model(model, config)
     head = adapted.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)  # never an adapter
+
+
+def test_the_head_is_a_target_where_it_is_named(workshop):
+    model = AutoModelForCausalLM.from_pretrained(workshop / "llama")
+    adapted = get_peft_model(model, lora_config(model, AdapterOptions(rank=4, targets="q_proj, lm_head")))
+    names = {name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert names == {"lm_head", *(f"model.layers.{i}.self_attn.q_proj" for i in range(2))}
 
 
 OPT = {"ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "word_embed_proj_dim": 16}

@@ -140,6 +140,8 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
         (("--rank", "0"), "--rank must be positive, but is 0"),
         (("--lora_dropout", "2"), "--lora_dropout must be from 0 to below 1, but is 2.0"),
         (("--targets", "qkv"), "names no linear layer of the model, which has down_proj, gate_proj"),
+        (("--targets", "q_proj,v_prj"), "--targets 'v_prj' names no linear layer of the model, which has down_proj"),
+        (("--targets", "q_proj,"), "--targets '' names no linear layer"),
         (("--evaluate_every", "0"), "--evaluate_every must be epoch or a number of steps"),
         (("--dtype", "float8"), "--dtype"),
         (("--packing", "always", "--attn_implementation", "eager", "--row_tokens", "3"), "row_tokens must be"),
@@ -164,6 +166,11 @@ def test_options_that_do_not_fit(unlearn_refused, options, message):
     assert message in unlearn_refused(*options)
 
 
+def test_a_head_that_is_tied_is_no_target(unlearn_refused):
+    line = unlearn_refused("--targets", "q_proj,lm_head", family="gpt_neo")
+    assert "names the head, lm_head, whose weight is the input embedding's too" in line
+
+
 def test_options_of_other_commands_that_do_not_fit(workshop, refused, folder):
     """One table for all of them, and nothing is written."""
     model = ["--model", workshop / "llama", "--output_dir", folder]
@@ -183,6 +190,17 @@ def test_tdec_without_a_goal(unlearn_refused, workshop):
     assert "needs --unseen, or both" in unlearn_refused(*words, "--ma_threshold", "0.1")
     line = unlearn_refused(*words, "--forget", workshop / "forget_text.jsonl", "--unseen", "tdec[2:4]")
     assert "needs sequences of one length" in line
+
+
+def test_retain_log_of_another_forget_set(workshop, loku, refused, folder, tmp_path):
+    words = ["--forget", "forget01", "--data_dir", workshop.root, "--benchmark", "tofu", "--limit", "1"]
+    loku("evaluate", "--model", workshop / "llama", *words, "--output_dir", tmp_path / "retain")
+    path = tmp_path / "retain" / "eval_log_aggregated.json"
+    log = json.loads(path.read_text())
+    log["eval_log_forget.json"]["generated_text"]["0"][2] = "Another answer."
+    path.write_text(json.dumps(log))
+    line = refused(*workshop.unlearn("ihl", folder, *words, "--retain", "retain99", "--retain_log", path))
+    assert f"--retain_log {path}: retain_log must have the forget samples" in line and "'Another answer.'" in line
 
 
 def test_importance_file_that_is_none_or_of_another_model(unlearn_refused, workshop, loku, tmp_path):
@@ -256,6 +274,17 @@ def test_a_finished_run_is_not_overwritten(workshop, loku, refused, folder, no_p
     assert results(folder) == before
     loku(*words, "--resume", "--save_strategy", "no")  # from the start, as there is no checkpoint
     assert results(folder)["after"] == before["after"]
+
+
+def test_sequences_to_forget_and_to_keep_too(workshop, folder, tmp_path, capsys, no_plots):
+    lines = [(workshop / f"{name}_text.jsonl").read_text() for name in ("retain", "forget")]
+    both = tmp_path / "both.jsonl"
+    both.write_text(lines[0] + "".join(lines[1].splitlines(keepends=True)[:3]))
+    assert main([str(word) for word in workshop.unlearn("ihl", folder, "--retain", both)]) == 0
+    warning = "loku: warning: 3 of the 4 sequences of --forget are also among those of --retain"
+    assert capsys.readouterr().err.splitlines().count(warning) == 1
+    assert main([str(word) for word in workshop.unlearn("ihl", tmp_path / "apart")]) == 0
+    assert "also among" not in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_says_so(workshop, folder, capsys):

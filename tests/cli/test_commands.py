@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -105,6 +106,21 @@ def test_what_is_exported_gives_the_logits_of_the_run(workshop, loku, tmp_path, 
             assert (loaded["logits"][family][kind] - final[family]).abs().max() < 1e-4 * moved
 
 
+@pytest.mark.parametrize("method", ["loku", "ihl"])
+def test_an_adapted_head_is_exported_too(workshop, loku, folder, tmp_path, monkeypatch, no_plots, method):
+    final = keep_final_logits(monkeypatch)
+    loku(*workshop.unlearn(method, folder, "--targets", "q_proj,lm_head"))
+    words = ["--model", workshop / "llama", "--adapter", folder / "adapter", "--format", "merged"]
+    loku("export", *words, "--output_dir", tmp_path / "merged")
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        assert any("lm_head.lora_B" in name for name in file.keys())  # noqa: SIM118
+    with torch.no_grad():
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(IDS).logits for path in (words[1], tmp_path / "merged")
+        )
+    assert (after - final[folder.name]).abs().max() < 1e-4 * (before - final[folder.name]).abs().max()
+
+
 def test_finetune_from_a_config_with_the_tokenizers_vocabulary(workshop, loku, folder):
     words = ["--model_config", workshop / "model.yaml", "--tokenizer", workshop / "tokenizer"]
     sources = ["--train", workshop / "forget.jsonl", workshop / "retain.jsonl"]
@@ -187,6 +203,16 @@ def test_evaluate_perplexity_of_several_texts(workshop, loku, folder):
     assert after["wikitext2:test perplexity"] == pytest.approx(expected)
 
 
+def test_names_of_texts_are_no_markup(workshop, loku, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c[").mkdir()
+    names = ["c[/b].jsonl", "[v2].jsonl"]
+    for name in names:
+        shutil.copyfile(workshop / "forget.jsonl", name)
+    out = loku("evaluate", "--model", workshop / "llama", "--text", *names)
+    assert all(f"{name} perplexity" in out for name in names)
+
+
 def test_unlearn_tdec_stops_when_the_goal_is_reached(workshop, loku, folder, no_plots):
     words = ["--forget", "tdec[0:2]", "--retain", "wikitext2:test", "--data_dir", workshop.root, "--benchmark", "tdec"]
     goal = ["--el_threshold", "1", "--ma_threshold", "1", "--evaluate_every", "1"]  # at once
@@ -256,6 +282,19 @@ def test_report_compares_runs(workshop, loku, folder, tmp_path, no_plots):
     summary = json.loads((folder / "report.json").read_text())
     assert {group["label"] for group in summary["groups"]} == {"ihl", "gd"}
     assert summary["groups"][0]["costs"]["tokens_per_second"]["mean"] > 0
+
+
+def test_report_takes_evaluations(workshop, loku, refused, folder, tmp_path):
+    """And says what it takes where a folder is neither a training's nor an evaluation's."""
+    text = ["--text", "wikitext2:test", "--data_dir", workshop.root]
+    for family in ("llama", "phi"):
+        loku("evaluate", "--model", workshop / family, *text, "--output_dir", tmp_path / family)
+    out = loku("report", "--runs", tmp_path / "llama", tmp_path / "phi", "--output", folder)
+    assert "Perplexity of wikitext2:test" in out and "llama" in out and "phi" in out
+    words = ["importance", "--model", workshop / "llama", *workshop.texts, "--rank", "4"]
+    loku(*words, "--output_dir", tmp_path / "rows")
+    line = refused("report", "--runs", tmp_path / "rows", "--output", folder)
+    assert f"{tmp_path / 'rows'} must be the folder of a training or of an evaluation" in line
 
 
 def test_demo_of_tiny_size(loku, folder):

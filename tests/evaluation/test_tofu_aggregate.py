@@ -126,6 +126,21 @@ def test_samples_are_matched_by_index_not_by_order():
     assert aggregate_tofu(shuffled, log) == aggregate_tofu(log, log)
 
 
+def with_texts(log: dict, prompt: str, answers: list[str]) -> dict:
+    texts = {str(i): [f"{prompt}Who?", "They say so.", answer] for i, answer in enumerate(answers)}
+    return {**log, TASKS["forget"]: {**log[TASKS["forget"]], "generated_text": texts}}
+
+
+def test_a_retain_log_of_another_forget_set_is_refused():
+    """It may have as many samples; of other models' templates the questions may differ, but never the true answers."""
+    answers = [f"Answer {i}." for i in range(7)]
+    log, others = with_texts(some_log(), "Question: ", answers), [*answers[:3], "Another.", *answers[4:]]
+    with pytest.raises(ValueError, match=r"retain_log .* sample 3 has the true answer 'Answer 3.', got 'Another.'"):
+        aggregate_tofu(log, with_texts(some_log(), "Question: ", others))
+    assert aggregate_tofu(log, with_texts(some_log(), "[INST] ", answers))["forget_quality"] == 1.0
+    assert aggregate_tofu(log, some_log())["forget_quality"] == 1.0  # without texts there is nothing to compare
+
+
 def test_logs_are_written_as_they_are_read(tmp_path, published):
     write_log(published["phi_full"], tmp_path / "folder" / "log.json")
     assert read_log(tmp_path / "folder" / "log.json") == published["phi_full"]

@@ -157,6 +157,15 @@ def test_colours_follow_the_theme(page):
     assert all(f"{name}:" in light and f"{name}:" in dark for name in used)
 
 
+def test_names_that_no_font_has_are_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr("loku.report.style._FONTS", ("DejaVu Sans",))
+    run = make_run(tmp_path / "run", method="忘却 忘", results=tdec_results(0.1, 31.0))
+    with pytest.warns(UserWarning) as warned:
+        page = write_report([run], tmp_path / "out")
+    assert [str(warning.message).partition(",")[0] for warning in warned] == ["no font here has 忘却"]
+    assert "忘却 忘" in page.read_text()
+
+
 def test_names_are_text_and_never_markup(tmp_path):
     runs = [make_run(tmp_path / "a", method=_HOSTILE, results=tdec_results(0.1, 31.0)), make_run(tmp_path / "b")]
     page = _Page(write_report(runs, tmp_path / "out", title=f"</title>{_HOSTILE}").read_text())
@@ -183,8 +192,18 @@ def test_terminal_table_has_the_numbers_at_80_columns(two_methods):
 
 def test_names_are_no_markup_in_the_terminal(tmp_path):
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(summary_table([make_run(tmp_path / "a", method="[red]x")]))
-    assert "[red]x" in console.export_text()
+    console.print(summary_table([make_run(tmp_path / "a", method="[red]x")], title="Of [v2]"))
+    text = console.export_text()
+    assert "[red]x" in text and "Of [v2]" in text
+
+
+def test_a_run_given_twice_is_no_second_seed(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", results=tdec_results(0.1, 31.0))
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    write_report(["run", "./run", folder, tmp_path / "link", Run.load("run/../run")], "out")
+    (group,) = json.loads((tmp_path / "out" / "report.json").read_text())["groups"]
+    assert group["after"]["el_10"]["count"] == 1 and [run["folder"] for run in group["runs"]] == ["run"]
 
 
 @pytest.mark.parametrize("runs", [[], "runs/loku"])

@@ -56,7 +56,9 @@ def test_infinities_stay_in_the_mean(tmp_path):
         ([{"rank": 4, "alpha": 8}, {"rank": 8, "alpha": 16}], ["loku, rank 4", "loku, rank 8"]),
         ([{"learning_rate": 0.1}, {"learning_rate": 0.2}, {"method": "gd"}], None),
         ([{"model": "a/small/"}, {"model": "b/large"}], ["loku, model small", "loku, model large"]),
-        ([{"model": "a/m"}, {"model": "b/m"}], ["loku, model m (1)", "loku, model m (2)"]),
+        ([{"model": m} for m in ("a/x/m", "b/x/m", "n")], [f"loku, model {m}" for m in ("a/x/m", "b/x/m", "n")]),
+        ([{"model": "r/a/m"}, {"model": "r/b/m/"}, {"model": "m"}], [f"loku, model {m}" for m in ("a/m", "b/m", "m")]),
+        ([{"model": "a/m"}, {"model": "a/m/"}], ["loku, model a/m (1)", "loku, model a/m (2)"]),
         ([{"method": None}], ["null"]),
     ],
 )
@@ -114,6 +116,7 @@ def test_names_of_metrics():
     assert metric("el_10").title == "EL₁₀ (lower is better)"
     assert metric("log10_forget_quality").title == "log₁₀ forget quality (higher is better)"
     assert (metric("retain_truth_ratio").label, metric("retain_truth_ratio").role) == ("Retain truth ratio", "other")
+    assert metric("wiki text:test perplexity").title == "Perplexity of wiki text:test (lower is better)"
     keys = {"perplexity", "el_10", "el_5", "world_facts", "ma", "model_utility", "forget_quality"}
     assert [m.key for m in ordered(keys)] == ["el_5", "el_10", "ma", "model_utility", "perplexity", "world_facts"]
 

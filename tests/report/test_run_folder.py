@@ -99,6 +99,7 @@ def test_versions_and_the_log_may_be_missing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "error"),
     [
+        ("metrics.jsonl", '{"file": "model.safetensors"}\n', r"must be the folder of a training or of an evaluation"),
         ("config.yaml", "method: [", r"config.yaml is not valid YAML"),
         ("config.yaml", "- loku", r"config.yaml must hold a mapping, but holds a list"),
         ("versions.json", "{", r"versions.json is not valid JSON"),
@@ -106,7 +107,7 @@ def test_versions_and_the_log_may_be_missing(tmp_path):
         ("results.json", '{"after": 0.5}', r"results.json: 'after' must map metrics to numbers, but is 0.5"),
         ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 2}\n', r"metrics.jsonl, line 2 is not valid JSON"),
         ("metrics.jsonl", '{"step": 1}\n7\n', r"metrics.jsonl, line 2 must hold a mapping, but holds a int"),
-        ("metrics.jsonl", '{"loss": 1}\n', r"metrics.jsonl: every line must have an integer 'step', but one has None"),
+        ("metrics.jsonl", '{"step": 1}\n{"loss": 1}\n', r"every line must have an integer 'step', but one has None"),
     ],
 )
 def test_corrupt_files_are_named(tmp_path, name, text, error):
@@ -114,6 +115,12 @@ def test_corrupt_files_are_named(tmp_path, name, text, error):
     (folder / name).write_text(text)
     with pytest.raises(ValueError, match=error):
         Run.load(folder)
+
+
+def test_an_evaluation_has_its_results_and_no_steps(tmp_path):
+    lines = [{"name": "text", "value": 12.5}]
+    run = Run.load(make_run(tmp_path / "run", log=lines, results={"after": {"text perplexity": 12.5}}))
+    assert run.after == {"text perplexity": 12.5} and run.before == run.evaluations == {} and run.metrics == []
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):

@@ -41,7 +41,7 @@ class BenchmarkOptions:
 
     benchmark: Literal["none", "tdec", "tofu"] = option("none", "besides the losses on forget and retain set")
     evaluate_every: str = option("epoch", "epoch, or a number of steps")
-    limit: int = option(300, "most samples of each evaluation; 300 as published with TOFU")
+    limit: int = option(300, "most samples of --forget, --retain and each TOFU task; 300 as published with TOFU")
     text: str | None = option(None, "source whose perplexity is measured, such as wikitext2:validation")
     unseen: str | None = option(None, "tdec: sequences never trained on, whose EL_10 and MA are the goal: tdec[32:64]")
     el_threshold: float | None = option(None, "tdec: the goal for EL_10, where it is not measured on --unseen")
@@ -153,7 +153,9 @@ class Benchmark:
 
     def _tofu(self, model: nn.Module) -> dict[str, float]:
         log = measure_tofu(model, self.sources, self.splits, self.options.limit)
-        return {name: value for name, value in aggregate_tofu(log, self.retain_log).items() if value is not None}
+        with blaming(f"--retain_log {self.options.retain_log}"):
+            measures = aggregate_tofu(log, self.retain_log)
+        return {name: value for name, value in measures.items() if value is not None}
 
 
 def tofu_sources(forget: str | None, sources: Tokenised) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,12 +64,26 @@ _CHECKS = {
 }
 
 
+_USED_BY = {"unseen": "tdec", "el_threshold": "tdec", "ma_threshold": "tdec", "retain_log": "tofu"}
+
+
 def check_values(values: Mapping[str, Any]) -> None:
     """Raises CommandError, which names the option, if a value is none that its option may have. None: not given."""
     for name, check in _CHECKS.items():
         value = values.get(name)
         if value is not None and not check.holds(value):
             raise CommandError(f"--{name} must be {check.what}, but is {value}")
+
+
+def warn_of_unused(values: Mapping[str, Any]) -> None:
+    """Says which options only another benchmark than the chosen one uses. No error: a preset may have given them."""
+    for name, benchmark in _USED_BY.items():
+        if values.get(name) is not None and values["benchmark"] != benchmark:
+            chosen = values["benchmark"]
+            print(
+                f"loku: warning: --{name} is for --benchmark {benchmark}, and has no effect with {chosen}",
+                file=sys.stderr,
+            )
 
 
 def check_schedule(args: TrainingArguments) -> None:

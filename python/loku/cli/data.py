@@ -79,6 +79,13 @@ class Tokenised:
         return examples
 
 
+def count_shared(forget: Sequence[Example], retain: Sequence[Example]) -> int:
+    """How many of the sequences to forget are also among those to keep."""
+    sequences = [tuple(example["input_ids"]) for example in forget]
+    shared = set(sequences).intersection(tuple(example["input_ids"]) for example in retain)
+    return sum(sequence in shared for sequence in sequences)
+
+
 def importance_batches(
     forget: Sequence[Example], retain: Sequence[Example], retain_size: int | None, tokens: int, pad: int, seed: int
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:

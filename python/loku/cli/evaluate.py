@@ -9,6 +9,7 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, set_seed
 
 from loku.cli.benchmarks import measure_tofu, sequences_of, tofu_log, tofu_sources
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     run.write_results({"after": metrics})
     table = Table("metric", "value")
     for name, value in metrics.items():
-        table.add_row(name, "" if value is None else f"{value:.5g}")
+        table.add_row(Text(name), "" if value is None else f"{value:.5g}")
     Console().print(table)
 
 

@@ -126,12 +126,12 @@ def target_modules(model: nn.Module, targets: str) -> list[str]:
 
     Some models, such as OPT, have no block for the MLP: there it is what stands in the decoder layers beside attention.
 
-    Raises CommandError if there is none.
+    Raises CommandError if there is none, if one of several names is none's, or if the head is named where its weight is
+    the input embedding's too.
     """
     head = model.get_output_embeddings()
-    linear = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linear = [name for name, module in layers.items() if module is not head]
     if targets == "attn":
         chosen = _within(linear, _ATTENTION)
     elif targets == "mlp":
@@ -139,12 +139,28 @@ def target_modules(model: nn.Module, targets: str) -> list[str]:
     elif targets == "all":
         chosen = linear
     else:
-        ends = tuple(f".{target.strip()}" for target in targets.split(","))
-        chosen = [name for name in linear if f".{name}".endswith(ends)]
+        chosen = _named(list(layers), [target.strip() for target in targets.split(",")])
     if not chosen:
-        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        raise CommandError(f"--targets {targets!r} names no linear layer of the model, which has {kinds}")
+        raise _no_layer(targets, linear)
+    for name in chosen:
+        if layers[name] is head and head.weight is model.get_input_embeddings().weight:
+            raise CommandError(
+                f"--targets {targets!r} names the head, {name}, whose weight is the input embedding's too: an adapter "
+                "of the one cannot be merged without changing the other"
+            )
     return _short_names(chosen, [name for name, _ in model.named_modules()])
+
+
+def _named(layers: list[str], targets: list[str]) -> list[str]:
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise _no_layer(target, layers)
+    return [name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in targets))]
+
+
+def _no_layer(targets: str, layers: list[str]) -> CommandError:
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+    return CommandError(f"--targets {targets!r} names no linear layer of the model, which has {kinds}")
 
 
 def _within(names: list[str], parts: tuple[str, ...]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from loku.cli.checks import check_values
+from loku.cli.checks import check_values, warn_of_unused
 from loku.cli.errors import CommandError, blaming
 
 
@@ -60,7 +60,7 @@ class AdapterOptions:
 
     rank: int = option(16, "r of the adapter")
     alpha: float | None = option(None, "lora_alpha; 2 * rank if not given, as published")
-    targets: str = option("all", "all, attn, mlp, or comma-separated module names, such as q_proj,v_proj")
+    targets: str = option("all", "all (but the head), attn, mlp, or comma-separated names, such as q_proj,v_proj")
     lora_dropout: float = option(0.0, "dropout before the adapter")
 
 
@@ -125,6 +125,7 @@ def parse(command: str, option_types: list[type], argv: list[str], description: 
         if getattr(asked, key) not in (value, parser.get_default(key)):
             raise CommandError(f"--{key} is {value} in loku {command}, but {getattr(asked, key)} was given")
     check_values(vars(asked))
+    warn_of_unused(vars(asked))
     arguments += [f"--{key}={value}" for key, value in fixed.items()]
     with blaming():
         *options, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
@@ -178,12 +179,15 @@ def _given(parser: HfArgumentParser, values: Mapping[str, Any], known: Mapping[s
     return arguments
 
 
-def _read_options(path: Path, known: Iterable[str]) -> dict[str, Any]:
+def _read_options(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     values = read_mapping(path, "--config")
     for key in values:
         if key not in known:
             raise CommandError(f"--config {path}: {_unknown(str(key), known)}")
-    return values
+    # YAML takes a bare no for False, but to what is no switch, such as save_strategy, it is a word: as it was written.
+    words = {key.value: node.value for key, node in yaml.compose(path.read_text(), yaml.SafeLoader).value}
+    misread = {key for key, value in values.items() if isinstance(value, bool) and "bool" not in str(known[key])}
+    return {key: words[key] if key in misread & words.keys() else value for key, value in values.items()}
 
 
 def read_mapping(path: str | Path, option: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from loku.cli.benchmarks import Benchmark, BenchmarkOptions
 from loku.cli.checks import check_schedule
-from loku.cli.data import Tokenised
+from loku.cli.data import Tokenised, count_shared
 from loku.cli.errors import CommandError, blaming
 from loku.cli.importance import fila_config, row_weights
 from loku.cli.models import held_whole, load_model, load_tokenizer, lora_config
@@ -83,6 +84,8 @@ def main(argv: list[str]) -> None:
         model = load_model(model_options)
     sources = Tokenised.of(data_options, tokenizer, model)
     data = _load(sources, unlearn, method.roles, args.seed)
+    if run.writes:
+        _warn_of_shared(data)
     lora = lora_config(model, adapter)
     benchmark = Benchmark(benchmark_options, sources, unlearn.forget, unlearn.retain, model)
     settled = as_dict(model_options, data_options, adapter, importance, unlearn)
@@ -145,6 +148,15 @@ def _load(sources: Tokenised, unlearn: UnlearnRun, roles: tuple[Role, ...], seed
         retain=None if unlearn.retain is None else sources.examples(unlearn.retain),
         preferred=sources.refusals(unlearn.forget, unlearn.refusals, seed) if Role.PREFERRED in roles else None,
     )
+
+
+def _warn_of_shared(data: Data) -> None:
+    shared = count_shared(data.forget, data.retain or [])
+    if shared:
+        print(
+            f"loku: warning: {shared} of the {len(data.forget)} sequences of --forget are also among those of --retain",
+            file=sys.stderr,
+        )
 
 
 def _row_weights(

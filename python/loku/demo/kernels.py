@@ -174,7 +174,7 @@ def main() -> None:
         show_measurements(console, title, candidates)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     plot(measured, hardware, arguments.out)
-    console.print(f"figure written to {arguments.out}")
+    print(f"figure written to {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def aggregate_tofu(
         has and each of "probability", "rouge" and "truth_ratio".
 
     Raises:
-        ValueError: the definition is unknown, a log lacks a metric, or the two have different forget samples.
+        ValueError: the definition is unknown, a log lacks a metric, or the two have different forget samples: other
+            indices or, where both logs have texts, other true answers.
     """
     if definition not in _DEFINITIONS:
         raise ValueError(f"definition must be one of {', '.join(_DEFINITIONS)}, got {definition!r}")
@@ -111,10 +112,23 @@ def _forget_quality(log: TofuLog, retain_log: TofuLog | None, rules: _Definition
             f"retain_log must have the forget samples of log, which has {len(samples[0])}, got {len(samples[1])}; "
             "evaluate both models on the same forget set"
         )
+    _check_same_answers(log[task], retain_log[task])
     # The test asks only for order, which logarithms keep.
     ratios = (_log_ratio(x[task], _geometric, rules.log_eps) for x in (log, retain_log))
     test = ks_2samp(*(_log_inverse(ratio, rules.log_eps) for ratio in ratios))
     return {"forget_quality": float(test.pvalue), "ks_statistic": float(test.statistic)}
+
+
+def _check_same_answers(task: Mapping[str, Any], retain_task: Mapping[str, Any]) -> None:
+    """By the true answers, which stand last: the questions carry the prompt template of either model."""
+    texts, retain_texts = (x.get("generated_text", {}) for x in (task, retain_task))
+    for sample in (sample for sample in task["avg_gt_loss"] if sample in texts and sample in retain_texts):
+        expected, given = texts[sample][-1], retain_texts[sample][-1]
+        if expected.strip() != given.strip():
+            raise ValueError(
+                f"retain_log must have the forget samples of log, whose sample {sample} has the true answer "
+                f"{expected!r}, got {given!r}; evaluate both models on the same forget set"
+            )
 
 
 def _log_ratio(task: Mapping[str, Any], log_mean: Callable[[NDArray], NDArray], log_eps: float) -> NDArray:

@@ -116,13 +116,22 @@ def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
             alike = [other for other in alike if all(other.get(k) == own.get(k) for k in told)]
             if key not in told and any(other.get(key) != own[key] for other in alike):
                 told.append(key)
-        details = [f"{key} {own[key].rstrip('/').rsplit('/', 1)[-1]}" for key in told[:_MOST_TOLD] if key in own]
+        told = [key for key in told[:_MOST_TOLD] if key in own]
+        details = [f"{key} {_tail(own[key], {other.get(key, '') for other in settings})}" for key in told]
         labels.append(", ".join([method, *details]))
     counts, seen = Counter(labels), Counter()
     for i, label in enumerate(labels):
         seen[label] += 1
         labels[i] = label if counts[label] == 1 else f"{label} ({seen[label]})"
     return labels
+
+
+def _tail(path: str, others: set[str]) -> str:
+    """The shortest end of a path that none of the others has, or all of it."""
+    parts = path.rstrip("/").split("/")
+    tails = ["/".join(parts[-depth:]) for depth in range(1, len(parts) + 1)]
+    ends = tuple(f"/{other.rstrip('/')}" for other in others - {path})
+    return next((tail for tail in tails if not any(end.endswith(f"/{tail}") for end in ends)), tails[-1])
 
 
 def _statistic(values: Sequence[float]) -> Statistic:

@@ -15,7 +15,7 @@ _KNOWN = (  # (pattern, label, role, better), in the order of tables and plots
     (r"forget_prob(ability)?", "Forget probability", "forgetting", "lower"),
     (r"log10_forget_quality", "log₁₀ forget quality", "forgetting", "higher"),
     (r"model_utility", "Model utility", "utility", "higher"),
-    (r"perplexity", "Perplexity", "utility", "lower"),
+    (r"perplexity|(.+) perplexity", "Perplexity", "utility", "lower"),
     (r"retain_rouge\w*", "Retain ROUGE-L", "utility", "higher"),
     (r"retain_loss", "Retain loss", "utility", "lower"),
 )
@@ -45,9 +45,15 @@ class Metric:
 def metric(key: str) -> Metric:
     for order, (pattern, label, role, better) in enumerate(_KNOWN):
         if match := re.fullmatch(pattern, key):
-            subscript = match[1].translate(_SUBSCRIPTS) if label == "EL" else ""
-            return Metric(key, label + subscript, role, better, order)
+            return Metric(key, label + _detail(label, *match.groups()), role, better, order)
     return Metric(key, key.replace("_", " ").capitalize(), "other", None, len(_KNOWN))
+
+
+def _detail(label: str, what: str | None = None) -> str:
+    """EL has its length for a subscript, and perplexity, of several texts, which one."""
+    if what is None or label not in ("EL", "Perplexity"):
+        return ""
+    return what.translate(_SUBSCRIPTS) if label == "EL" else f" of {what}"
 
 
 def ordered(keys: set[str]) -> list[Metric]:

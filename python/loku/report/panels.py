@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from loku.report import bars, curves
 from loku.report.grouping import Group
 from loku.report.metrics import Metric, cost_label, metric, ordered
-from loku.report.style import style, svg
+from loku.report.style import style, svg, unwritable
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def sections(groups: Sequence[Group]) -> list[Section]:
         ),
         ("Speed and memory", "Bars: mean; whiskers: standard deviation over seeds.", _costs(groups)),
     )
+    if lacking := unwritable("".join(group.label for group in groups)):
+        warnings.warn(f"no font here has {lacking}, of which the plots show boxes; the tables are whole", stacklevel=2)
     made = []
     with style():
         for number, (title, note, drawn) in enumerate(parts):

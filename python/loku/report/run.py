@@ -28,7 +28,7 @@ class Run:
         folder: where it was read from.
         config: every argument, resolved (``config.yaml``).
         versions: of the programs and the hardware (``versions.json``); empty if there is no such file.
-        metrics: what was logged (``metrics.jsonl``), one mapping a step, by step.
+        metrics: what was logged (``metrics.jsonl``), one mapping a step, by step; none of an evaluation.
         results: ``results.json``, or None for a run that has not come to its end.
     """
 
@@ -55,13 +55,20 @@ class Run:
         logged, results = folder / "metrics.jsonl", folder / "results.json"
         if not logged.is_file() and not results.is_file():
             raise FileNotFoundError(f"{folder} has neither metrics.jsonl nor results.json: nothing was measured yet")
+        rows = _read_lines(logged) if logged.is_file() else []
         run = cls(
             folder=folder,
             config=_read_yaml(folder / "config.yaml"),
             versions=_read_json(folder / "versions.json") if (folder / "versions.json").is_file() else {},
-            metrics=_by_step(_read_lines(logged), logged) if logged.is_file() else [],
+            metrics=_by_step(rows, logged) if any("step" in row for row in rows) else [],
             results=_read_json(results) if results.is_file() else None,
         )
+        # Other commands log no steps, but texts, tasks, modules or files: what an evaluation found is in its results.
+        if rows and not run.metrics and "after" not in (run.results or {}):
+            raise ValueError(
+                f"{folder} must be the folder of a training or of an evaluation that was finished, but {logged.name} "
+                "has no 'step' and there is no 'after' in results.json"
+            )
         for key in ("before", "after", "thresholds"):
             if run.results is not None and not isinstance(run.results.get(key, {}), Mapping):
                 raise ValueError(f"{results}: {key!r} must map metrics to numbers, but is {run.results[key]!r}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font, get_font_names
 
 # Dark enough for text on white, and apart for the colour-blind (after Okabe and Ito). The page has a lighter set for
 # its dark theme, under the same names.
@@ -18,12 +20,16 @@ COLOURS = ("#0072b2", "#c44e00", "#00805c", "#a3447f", "#946500", "#4d5a66", "#1
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1)))
 INK, FAINT, GRID = "#1b1f24", "#8a8f98", "#dfe2e6"
+# The first is matplotlib's own; the others, where there are any, write what it lacks.
+_FONTS = (
+    "DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Micro Hei", "Hiragino Sans",
+    "Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS",
+)  # fmt: skip
 WIDTH = 260  # points; narrower than a phone's screen is in CSS pixels, so that text is scaled up there
 
 _THEME = {colour: f"var(--series-{i})" for i, colour in enumerate(COLOURS)}
 _THEME |= {INK: "var(--ink)", FAINT: "var(--faint)", GRID: "var(--grid)"}
 _STYLE = {
-    "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "figure.titlesize": 9,
     "axes.labelsize": 8.5,
@@ -56,8 +62,20 @@ _STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**_STYLE, "font.family": _fonts()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing")  # of each character, many times: see `unwritable`
         yield
+
+
+def unwritable(text: str) -> str:
+    """The characters that no font has, and of which a plot shows boxes."""
+    known = {code for font in _fonts() for code in get_font(findfont(font)).get_charmap()}
+    return "".join(dict.fromkeys(c for c in text if not c.isspace() and ord(c) not in known))
+
+
+def _fonts() -> list[str]:
+    installed = set(get_font_names())
+    return [name for name in _FONTS if name in installed]
 
 
 def colour(index: int) -> str:

@@ -6,8 +6,10 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAVY
+from rich.markup import escape
 from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -41,7 +43,8 @@ def summary_table(runs: Sequence[Run | str | os.PathLike], title: str = "Before 
     groups = group_runs(load_runs(runs))
     parts = [results_table(groups), costs_table(groups, ("seconds", "peak_memory_mib"))]
     columns = [Column(Text(group.label), justify="right", overflow="fold") for group in groups]
-    table = RichTable(Column("Run", no_wrap=True), *columns, title=title, box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
+    columns = [Column("Run", no_wrap=True), *columns]
+    table = RichTable(*columns, title=escape(title), box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
     arrow = " →" if len(groups) <= 2 else "\n→"
     for part in parts:
         for name, *cells in list(zip(part.header, *part.rows, strict=True))[1:]:
@@ -50,10 +53,14 @@ def summary_table(runs: Sequence[Run | str | os.PathLike], title: str = "Before 
 
 
 def load_runs(runs: Sequence[Run | str | os.PathLike]) -> list[Run]:
-    """Runs as they are, folders loaded. Raises ValueError if there is none."""
+    """Runs as they are, folders loaded; each folder once, under whichever of its paths came first: a run that is given
+    twice is no second seed. Raises ValueError if there is none."""
     if isinstance(runs, (str, os.PathLike, Run)) or not len(runs):
         raise ValueError(f"runs must be a sequence of at least one run or run folder, got {runs!r}")
-    return [run if isinstance(run, Run) else Run.load(run) for run in runs]
+    by_folder: dict[Path, Run] = {}
+    for run in (run if isinstance(run, Run) else Run.load(run) for run in runs):
+        by_folder.setdefault(run.folder.resolve(), run)
+    return list(by_folder.values())
 
 
 def all_tables(groups: Sequence[Group]) -> list[Table]:
