@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
+from cli_setup import QUICK
 
 from loku.cli import main
 
@@ -50,3 +54,56 @@ def test_demo_deletes_through_a_link(interrupted_demo, folder, tmp_path):
     (folder / "loku").mkdir()
     interrupted_demo("--output_dir", tmp_path / "link", "--overwrite")
     assert (tmp_path / "link").is_symlink() and not (folder / "loku").exists()
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def mine(workshop, tmp_path) -> Path:
+    """The user's folder, with a ``model`` and an ``adapter`` in it, that no run of ours made."""
+    shutil.copytree(workshop / "llama", tmp_path / "mine" / "model")
+    (tmp_path / "mine" / "adapter").mkdir()
+    (tmp_path / "mine" / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    return tmp_path / "mine"
+
+
+def finetune(workshop, model: Path, output: Path) -> list[object]:
+    quick = QUICK[: QUICK.index("--rank")]
+    return ["finetune", "--model", model, "--train", workshop / "forget.jsonl", "--output_dir", output, *quick]
+
+
+def test_what_is_read_is_not_replaced(workshop, refused, mine, tmp_path):
+    before = contents(mine)
+    (tmp_path / "link").symlink_to(mine)
+    model, adapter = mine / "model", mine / "adapter"
+    export = ["export", "--model", model, "--adapter", adapter, "--output_dir"]
+    for read, words in (
+        (model, [*export, model, "--format", "merged"]),
+        (adapter, [*export, adapter]),
+        (model, finetune(workshop, model, mine)),
+        (model, finetune(workshop, model, tmp_path / "link")),
+        (adapter, workshop.unlearn("ihl", mine, "--adapter", adapter)),
+    ):
+        for resume in ((), ("--resume",)):
+            assert f"is or holds {read}, which is read and must stay as it is" in refused(*words, *resume)
+    assert contents(mine) == before
+
+
+def test_what_is_no_runs_is_not_replaced(workshop, refused, mine):
+    export = ["export", "--model", workshop / "llama", "--adapter", mine / "adapter", "--format", "merged"]
+    (mine / "model" / "config.yaml").write_text("mine: true")  # does not make a run's folder of it
+    (mine / "corpus").mkdir()
+    (mine / "metrics.jsonl").write_text("{}\n")
+    before = contents(mine)
+    for words, found in (
+        ([*export, "--output_dir", mine / "model"], "config.json"),
+        (finetune(workshop, workshop / "llama", mine), "model"),
+        (workshop.unlearn("ihl", mine), "adapter"),
+        (["demo", "--resume", "--output_dir", mine], "corpus"),
+        (["evaluate", "--model", workshop / "llama", "--output_dir", mine], "metrics.jsonl"),
+    ):
+        line = refused(*words)
+        assert "is not the folder of a run, which begins with config.yaml and versions.json" in line and found in line
+    assert contents(mine) == before

@@ -74,7 +74,8 @@ def main(argv: list[str]) -> None:
     elif not demo.resume and folder.exists():
         raise CommandError(f"{folder} exists: choose another --output_dir, go on with --resume, or give --overwrite")
     config = as_dict(demo)
-    RunFolder(folder, demo.resume).begin(config, config.keys() - {"output_dir", "overwrite", "resume"})
+    run = RunFolder(folder, demo.resume, outputs=_WRITTEN)
+    run.begin(config, config.keys() - {"output_dir", "overwrite", "resume"})
     corpus = write_corpus(folder / "corpus", people, demo.forget)
     console.print(f"{demo.people} people were invented, of whom {demo.forget} must be forgotten.")
 

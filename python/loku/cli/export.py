@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     source = Path(model_options.adapter[-1])
     if not (source / "adapter_model.safetensors").is_file():
         raise CommandError(f"--adapter {source} holds no adapter_model.safetensors")
-    run = RunFolder(export.output_dir, export.resume)
+    run = RunFolder(export.output_dir, export.resume, outputs=("*",), source=model_options)
     config = as_dict(model_options, export)
     run.begin(config, config.keys() - _WHERE)
     if not _is_whole(run):

@@ -75,7 +75,8 @@ def main(argv: list[str]) -> None:
     measured = method.fila and importance.importance is None  # which compares the two sets, whatever the loss does
     _check_sources(unlearn, (*method.roles, Role.RETAIN) if measured else method.roles)
     check_schedule(args)
-    run = RunFolder(args.output_dir, unlearn.resume, writes=args.process_index == 0)
+    outputs = ("adapter", "checkpoint-*", "report")
+    run = RunFolder(args.output_dir, unlearn.resume, args.process_index == 0, outputs, model_options)
 
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_options)
