@@ -107,3 +107,17 @@ def test_what_is_no_runs_is_not_replaced(workshop, refused, mine):
         line = refused(*words)
         assert "is not the folder of a run, which begins with config.yaml and versions.json" in line and found in line
     assert contents(mine) == before
+
+
+def test_the_users_own_config_is_not_replaced(workshop, loku, refused, folder, tmp_path, no_plots):
+    folder.mkdir()
+    (tmp_path / "link.yaml").symlink_to(folder / "config.yaml")
+    text = f"# mine\noutput_dir: {folder}\n"
+    (folder / "config.yaml").write_text(text)
+    words = workshop.unlearn("ihl", folder)
+    words = [word for word in words if word not in ("--output_dir", folder)]
+    for config in (folder / "config.yaml", tmp_path / "link.yaml"):
+        line = refused(*words, "--config", config)
+        assert f"--config {config} is where the run in --output_dir {folder} records its options" in line
+    assert (folder / "config.yaml").read_text() == text
+    loku(*words, "--config", folder / "config.yaml", "--resume")
