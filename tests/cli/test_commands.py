@@ -238,7 +238,11 @@ def test_unlearning_from_an_adapter_is_exported_with_it(
     merged = ["--format", "merged", "--output_dir", tmp_path / "merged"]
     line = refused("export", *base, "--adapter", folder / "adapter", *merged)
     assert f"--adapter {folder / 'adapter'}" in line and "belongs to another base model" in line
-    loku("export", *base, "--adapter", first, folder / "adapter", *merged)
+    both = [*base, "--adapter", first, folder / "adapter"]
+    line = refused("export", *both, "--output_dir", tmp_path / "adapter")
+    assert "--format adapter takes one --adapter, but 2 were given" in line and "--format merged writes all" in line
+    assert not (tmp_path / "adapter").exists()
+    loku("export", *both, *merged)
     with torch.no_grad():
         before, after = (
             AutoModelForCausalLM.from_pretrained(path).eval()(IDS).logits for path in (base[1], tmp_path / "merged")

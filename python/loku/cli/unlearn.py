@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     """Make a model forget one data set and keep another; writes a LoRA adapter for the unmodified model, and a report.
 
     The model given, with --adapter merged into it, is the one that has memorised what must be forgotten. `adapter` in
-    the run's folder loads with PeftModel.from_pretrained on it; `loku export --adapter` takes both adapters.
+    the run's folder loads with PeftModel.from_pretrained on it; `loku export --format merged` takes both adapters.
     """
     types = [
         ModelOptions, DataOptions, AdapterOptions, ImportanceOptions, BenchmarkOptions, UnlearnRun, UnlearnConfig
