@@ -242,6 +242,10 @@ def test_unlearning_from_an_adapter_is_exported_with_it(
     line = refused("export", *both, "--output_dir", tmp_path / "adapter")
     assert "--format adapter takes one --adapter, but 2 were given" in line and "--format merged writes all" in line
     assert not (tmp_path / "adapter").exists()
+    line = refused("export", *both, *merged[:2], "--dtype", "bfloat16", "--output_dir", tmp_path / "rounded")
+    assert (
+        "the adapters before it were merged in bfloat16" in line and "--dtype the one in its run's config.yaml" in line
+    )
     loku("export", *both, *merged)
     with torch.no_grad():
         before, after = (
