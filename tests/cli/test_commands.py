@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loku.cli import unlearn
-from loku.evaluation import perplexity
+from loku.evaluation import generate_greedily, perplexity
 from loku.fila import FilaStateDict
 from loku.report import Run
 from loku.training import METHODS
@@ -266,10 +266,14 @@ def test_report_compares_runs(workshop, loku, folder, tmp_path, no_plots):
     assert summary["groups"][0]["costs"]["tokens_per_second"]["mean"] > 0
 
 
-def test_demo_of_tiny_size(loku, folder):
+def test_demo_of_tiny_size(loku, folder, monkeypatch):
+    def generate(*args, **options):
+        return [f"[/b]{answer}" for answer in generate_greedily(*args, **options)]
+
+    monkeypatch.setattr("loku.cli.demo.generate_greedily", generate)  # what a model says is no markup
     sizes = ["--people", "3", "--forget", "1", "--memorise_epochs", "2", "--unlearn_epochs", "1"]
     out = loku("demo", "--output_dir", folder, *sizes)
-    assert "report.html" in out and "Greedy answers" in out
+    assert "report.html" in out and "Greedy answers" in out and "[/b]" in out
     for report in (folder / "report", folder / "loku" / "report"):
         assert "<svg" in (report / "report.html").read_text()
     assert {Run.load(folder / method).finished for method in ("target", "loku", "gd")} == {True}

@@ -11,6 +11,7 @@ from pathlib import Path
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loku.cli import finetune, report, unlearn
@@ -138,7 +139,7 @@ def answers(folder: Path, corpus: dict[str, list[dict[str, str]]]) -> Table:
             model = PeftModel.from_pretrained(model, folder / method / "adapter")
         columns.append(generate_greedily(model, tokenizer, prompts, max_length=_ANSWER_LENGTH))
     for (part, question), *said in zip(asked, *columns, strict=True):
-        table.add_row(part, question, *said)
+        table.add_row(part, *map(Text, (question, *said)))  # as it is: no markup
     return table
 
 
