@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loku.cli import unlearn
-from loku.evaluation import perplexity
+from loku.evaluation import generate_greedily, perplexity
 from loku.fila import FilaStateDict
 from loku.report import Run
 from loku.training import METHODS
@@ -264,7 +264,15 @@ def test_unlearning_from_an_adapter_is_exported_with_it(
     merged = ["--format", "merged", "--output_dir", tmp_path / "merged"]
     line = refused("export", *base, "--adapter", folder / "adapter", *merged)
     assert f"--adapter {folder / 'adapter'}" in line and "belongs to another base model" in line
-    loku("export", *base, "--adapter", first, folder / "adapter", *merged)
+    both = [*base, "--adapter", first, folder / "adapter"]
+    line = refused("export", *both, "--output_dir", tmp_path / "adapter")
+    assert "--format adapter takes one --adapter, but 2 were given" in line and "--format merged writes all" in line
+    assert not (tmp_path / "adapter").exists()
+    line = refused("export", *both, *merged[:2], "--dtype", "bfloat16", "--output_dir", tmp_path / "rounded")
+    assert (
+        "the adapters before it were merged in bfloat16" in line and "--dtype the one in its run's config.yaml" in line
+    )
+    loku("export", *both, *merged)
     with torch.no_grad():
         before, after = (
             AutoModelForCausalLM.from_pretrained(path).eval()(IDS).logits for path in (base[1], tmp_path / "merged")
@@ -297,10 +305,14 @@ def test_report_takes_evaluations(workshop, loku, refused, folder, tmp_path):
     assert f"{tmp_path / 'rows'} must be the folder of a training or of an evaluation" in line
 
 
-def test_demo_of_tiny_size(loku, folder):
+def test_demo_of_tiny_size(loku, folder, monkeypatch):
+    def generate(*args, **options):
+        return [f"[/b]{answer}" for answer in generate_greedily(*args, **options)]
+
+    monkeypatch.setattr("loku.cli.demo.generate_greedily", generate)  # what a model says is no markup
     sizes = ["--people", "3", "--forget", "1", "--memorise_epochs", "2", "--unlearn_epochs", "1"]
     out = loku("demo", "--output_dir", folder, *sizes)
-    assert "report.html" in out and "Greedy answers" in out
+    assert "report.html" in out and "Greedy answers" in out and "[/b]" in out
     for report in (folder / "report", folder / "loku" / "report"):
         assert "<svg" in (report / "report.html").read_text()
     assert {Run.load(folder / method).finished for method in ("target", "loku", "gd")} == {True}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from small_models import FAMILIES, VOCABULARY, build, token_ids
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Tokenizer, GPTNeoConfig, GPTNeoForCausalLM
@@ -76,6 +77,34 @@ def test_rouge_is_recall_of_stems():
     assert scores["rouge1_recall"] == [3 / 4, 0]  # cat, run, home
     assert rouge_recall(["home runs the cat"], ["the cat runs home"])["rougeL_recall"] == [2 / 4]
     assert rouge_recall(["home runs the cat"], ["the cat runs home"])["rouge1_recall"] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("truth", "part", "rouge1", "rouge_l"),
+    [
+        ("Её зовут Анна Ёлкина, 1987", "анна ёлкина, её зовут 2001", 4 / 5, 2 / 5),
+        ("她住在北京。", "北京!她在", 4 / 5, 2 / 5),
+        ("彼はカメラを買う", "カメラ", 3 / 8, 3 / 8),
+        ("ผมชื่อแดง", "แดง", 3 / 9, 3 / 9),
+        ("वह दिल्ली में रहती है", "वह दिल्ला में", 2 / 5, 2 / 5),  # another vowel is another word
+    ],
+)
+def test_rouge_of_other_scripts(truth, part, rouge1, rouge_l):
+    """Without letters of theirs a text that is said word for word would pass for one that was forgotten."""
+    scores = rouge_recall([truth, part, "something else"], [truth] * 3)
+    assert scores["rouge1_recall"] == pytest.approx([1.0, rouge1, 0.0])
+    assert scores["rougeL_recall"] == pytest.approx([1.0, rouge_l, 0.0])
+
+
+def test_rouge_is_as_published_where_half_is_ascii():
+    """TOFU has names with accents, which the published words break at."""
+    truths = ["José Núñez was born in Córdoba", "Anna Анна", "Анна Annas", "- !", "Анна"]
+    texts = ["jose nunez, who was born", "Anna", "anna", "-", "Anna"]
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    expected = [scorer.score(truth, text) for truth, text in zip(truths, texts, strict=True)]
+    for kind in ("rouge1", "rougeL"):
+        assert rouge_recall(texts, truths)[f"{kind}_recall"] == [score[kind].recall for score in expected]
+    assert expected[0]["rouge1"].recall == 2 / 8 and expected[2]["rouge1"].recall == 1
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loku.cli import finetune, report, unlearn
 from loku.cli.errors import CommandError, blaming
-from loku.cli.options import as_dict, option, parse
+from loku.cli.options import as_dict, option, parse, read_mapping
 from loku.cli.run_folder import RunFolder, run_stage
 from loku.data import PROMPTS
 from loku.demo.people import Person, invent
@@ -24,6 +25,8 @@ from loku.evaluation import generate_greedily
 from loku.files import filling
 
 _METHODS = ("loku", "gd")
+# config.yaml is written first and deleted last: it tells that the others are a demo's.
+_WRITTEN = ("corpus", "target", *_METHODS, "report", "versions.json", "config.yaml")
 _PROMPT = "plain"
 _ANSWER_LENGTH = 40  # tokens of a question and its answer that are shown
 _MODEL = {
@@ -67,12 +70,13 @@ def main(argv: list[str]) -> None:
         people = invent(demo.people, demo.seed)
     folder, console, started = Path(demo.output_dir), Console(), time.monotonic()
     if demo.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+        _clear(folder)
         demo.overwrite = False  # once: not where the run goes on
     elif not demo.resume and folder.exists():
         raise CommandError(f"{folder} exists: choose another --output_dir, go on with --resume, or give --overwrite")
     config = as_dict(demo)
-    RunFolder(folder, demo.resume).begin(config, config.keys() - {"output_dir", "overwrite", "resume"})
+    run = RunFolder(folder, demo.resume, outputs=_WRITTEN)
+    run.begin(config, config.keys() - {"output_dir", "overwrite", "resume"})
     corpus = write_corpus(folder / "corpus", people, demo.forget)
     console.print(f"{demo.people} people were invented, of whom {demo.forget} must be forgotten.")
 
@@ -85,6 +89,28 @@ def main(argv: list[str]) -> None:
     report.main(["--runs", *runs, "--output", str(folder / "report"), "--title", "Unlearning invented people"])
     console.print(answers(folder, corpus))
     print(f"{time.monotonic() - started:.0f} seconds; see {folder / 'report' / 'report.html'}")
+
+
+def _clear(folder: Path) -> None:
+    """Delete what an earlier demo wrote, and nothing else. Raises CommandError where what is there is none's."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not _is_of_a_demo(folder)):
+        raise CommandError(
+            f"--output_dir {folder} is not what a demo left, which --overwrite would delete: choose another folder"
+        )
+    for path in (folder / name for name in _WRITTEN):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_of_a_demo(folder: Path) -> bool:
+    """Whether its config.yaml has a demo's options."""
+    path = folder / "config.yaml"
+    options = {field.name for field in fields(DemoRun)}
+    return path.is_file() and options <= read_mapping(path, "output_dir's").keys()
 
 
 def write_corpus(folder: Path, people: list[Person], forget: int) -> dict[str, list[dict[str, str]]]:
@@ -113,7 +139,7 @@ def answers(folder: Path, corpus: dict[str, list[dict[str, str]]]) -> Table:
             model = PeftModel.from_pretrained(model, folder / method / "adapter")
         columns.append(generate_greedily(model, tokenizer, prompts, max_length=_ANSWER_LENGTH))
     for (part, question), *said in zip(asked, *columns, strict=True):
-        table.add_row(part, question, *said)
+        table.add_row(part, *map(Text, (question, *said)))  # as it is: no markup
     return table
 
 

@@ -36,16 +36,22 @@ def main(argv: list[str]) -> None:
 
     `adapter`: the files that PeftModel.from_pretrained loads on the unmodified base model. `merged`: the model's
     weights with the adapter in them, and the tokenizer, for AutoModelForCausalLM.from_pretrained. Beside either, what
-    made it, and a line a file in metrics.jsonl: its size and SHA-256. Where unlearning began from an adapter, give that
-    one first: --adapter memorised run/adapter.
+    made it, and a line a file in metrics.jsonl: its size and SHA-256. Where unlearning began from an adapter, the run's
+    own belongs on top of it: give both, --format merged --adapter memorised run/adapter.
     """
     model_options, export = parse("export", [ModelOptions, ExportRun], argv, main.__doc__)
     if model_options.adapter is None:
         raise CommandError("--adapter is required: the folder `adapter` of a run, or one of its checkpoints")
+    if export.format == "adapter" and len(model_options.adapter) > 1:
+        raise CommandError(
+            f"--format adapter takes one --adapter, but {len(model_options.adapter)} were given: "
+            f"{model_options.adapter[-1]} belongs on top of those before it, which it does not hold; --format merged "
+            "writes all of them"
+        )
     source = Path(model_options.adapter[-1])
     if not (source / "adapter_model.safetensors").is_file():
         raise CommandError(f"--adapter {source} holds no adapter_model.safetensors")
-    run = RunFolder(export.output_dir, export.resume)
+    run = RunFolder(export.output_dir, export.resume, outputs=("*",), source=model_options)
     config = as_dict(model_options, export)
     run.begin(config, config.keys() - _WHERE)
     if not _is_whole(run):

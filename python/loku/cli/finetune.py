@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
     if (model_options.model is None) == (finetune.model_config is None):
         raise CommandError("give one of --model and --model_config")
     check_schedule(args)
-    run = RunFolder(args.output_dir, finetune.resume, writes=args.process_index == 0)
+    outputs = ("model", "checkpoint-*")
+    run = RunFolder(args.output_dir, finetune.resume, args.process_index == 0, outputs, model_options)
 
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_options)

@@ -42,13 +42,27 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
         arguments["attn_implementation"] = options.attn_implementation
     with blaming(f"--model {options.model}"):
         model = AutoModelForCausalLM.from_pretrained(options.model, **arguments)
-    for adapter in options.adapter or []:
+    for place, adapter in enumerate(options.adapter or []):
         with blaming(f"--adapter {adapter}", RuntimeError):  # torch's, for weights of other shapes
-            check_fila_base(model, adapter)
+            _check_base(model, adapter, merged=place > 0)
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True)
     if torch.cuda.is_available():
         model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     return model
+
+
+def _check_base(model: PreTrainedModel, adapter: str, merged: bool) -> None:
+    """Raises ValueError if a FILA adapter belongs to another base model, or to one ``merged`` in another dtype."""
+    try:
+        check_fila_base(model, adapter)
+    except ValueError as error:
+        if not merged:
+            raise
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the adapters before it were merged in {dtype}, and must be those of its run, and --dtype the one in its "
+            f"run's config.yaml, as each rounds differently: {error}"
+        ) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -90,8 +91,8 @@ def parse(command: str, option_types: list[type], argv: list[str], description: 
     options that the command itself decides.
 
     Raises:
-        CommandError: no such preset or file, a file that is not a mapping, an option that there is not, or a value that
-            an option does not take.
+        CommandError: no such preset or file, a file that is not a mapping, an option that there is not, a value that an
+            option does not take, or a ``--config`` that is the ``config.yaml`` which a new run would write.
         SystemExit: argparse's, for --help.
     """
     parser = _Parser(
@@ -114,8 +115,8 @@ def parse(command: str, option_types: list[type], argv: list[str], description: 
     if asked.config is not None:
         values |= _read_options(Path(asked.config), known)
     asked, _ = parser.parse_known_args(_given(parser, values, known) + argv)
-    if getattr(asked, "resume", False) and (earlier := Path(asked.output_dir, "config.yaml")).is_file():
-        values = _read_options(earlier, known) | values
+    if getattr(asked, "output_dir", None) is not None:
+        values = _recorded(asked, known) | values
 
     arguments = _given(parser, values, known) + argv
     asked, unknown = parser.parse_known_args(arguments)
@@ -130,6 +131,19 @@ def parse(command: str, option_types: list[type], argv: list[str], description: 
     with blaming():
         *options, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     return options
+
+
+def _recorded(asked: Namespace, known: Iterable[str]) -> dict[str, Any]:
+    """What the run that goes on was told. Raises CommandError where a new run would replace the --config given."""
+    record = Path(asked.output_dir, "config.yaml")
+    if getattr(asked, "resume", False):
+        return _read_options(record, known) if record.is_file() else {}
+    if asked.config is not None and record.resolve() == Path(asked.config).resolve():
+        raise CommandError(
+            f"--config {asked.config} is where the run in --output_dir {asked.output_dir} records its options, which "
+            "would replace it: move the file, or choose another folder"
+        )
+    return {}
 
 
 def preset_names() -> list[str]:

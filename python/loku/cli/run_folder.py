@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from transformers import TrainerState
 
 from loku.cli.errors import CommandError
-from loku.cli.options import read_mapping
+from loku.cli.options import ModelOptions, read_mapping
 from loku.fila.progress import peak_memory
 from loku.files import read_json_lines, replacing, write_json, write_json_lines
 from loku.provenance import commit, hardware, versions
@@ -24,6 +25,8 @@ _EVIDENCE = (
     "importance*.safetensors*", "eval_log*.json", "metrics.jsonl", "results.json",
     "checkpoint-*", "adapter", "model", "corpus",
 )  # fmt: skip
+_BEGINNING = ("config.yaml", "versions.json")
+_RECORDS = ("versions.json", "metrics.jsonl", "results.json")
 _PACKAGES = ("loku-kernels", "torch", "transformers", "peft", "accelerate", "triton")
 
 
@@ -34,13 +37,29 @@ class RunFolder:
 
     Args:
         resume: whether to go on with what is there.
+        outputs: patterns of what the command writes besides its records.
+        source: what it reads, and must leave as it is.
 
-    Raises CommandError if ``path`` holds a run already and ``resume`` is not asked for.
+    Raises CommandError if ``path`` holds a run already and ``resume`` is not asked for, or holds what is no run's and
+    would be replaced.
     """
 
-    def __init__(self, path: str | os.PathLike, resume: bool = False, writes: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        resume: bool = False,
+        writes: bool = True,
+        outputs: Iterable[str] = (),
+        source: ModelOptions | None = None,
+    ) -> None:
         self.path, self.writes = Path(path), writes
-        if writes and not resume and self._holds_a_run():
+        if not writes:
+            return
+        if not self._holds_a_run():
+            if source is not None:
+                self._check_source(source, outputs)
+            self._check_foreign(outputs)
+        elif not resume:
             raise CommandError(
                 f"--output_dir {self.path} holds a run already: choose another folder, or go on with --resume"
             )
@@ -71,6 +90,28 @@ class RunFolder:
     def _holds_a_run(self) -> bool:
         """Not where a start came to nothing: it may be tried again."""
         return (self / "config.yaml").exists() and any(any(self.path.glob(name)) for name in _EVIDENCE)
+
+    def _check_source(self, source: ModelOptions, outputs: Iterable[str]) -> None:
+        folder = self.path.resolve()
+        for path in map(Path, filter(None, (source.model, *(source.adapter or [])))):
+            if not path.exists() or not path.resolve().is_relative_to(folder):  # a name on the hub, or elsewhere
+                continue
+            inside = path.resolve().relative_to(folder).parts
+            if not inside or any(fnmatch(inside[0], name) for name in outputs):
+                raise CommandError(
+                    f"--output_dir {self.path} would replace {path}, which is read and must stay as it is: choose "
+                    "another folder"
+                )
+
+    def _check_foreign(self, outputs: Iterable[str]) -> None:
+        if all((self / name).exists() for name in _BEGINNING):
+            return
+        found = {path.name for name in (*_RECORDS, *outputs) for path in self.path.glob(name)} - {"config.yaml"}
+        if found:
+            raise CommandError(
+                f"--output_dir {self.path} is not the folder of a run, which begins with {' and '.join(_BEGINNING)}, "
+                f"and {', '.join(sorted(found)[:3])} in it could be replaced: choose another folder"
+            )
 
     def lines(self) -> list[dict[str, Any]]:
         """The metrics so far, in order."""

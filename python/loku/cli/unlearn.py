@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     """Make a model forget one data set and keep another; writes a LoRA adapter for the unmodified model, and a report.
 
     The model given, with --adapter merged into it, is the one that has memorised what must be forgotten. `adapter` in
-    the run's folder loads with PeftModel.from_pretrained on it; `loku export --adapter` takes both adapters.
+    the run's folder loads with PeftModel.from_pretrained on it; `loku export --format merged` takes both adapters.
     """
     types = [
         ModelOptions, DataOptions, AdapterOptions, ImportanceOptions, BenchmarkOptions, UnlearnRun, UnlearnConfig
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> None:
     measured = method.fila and importance.importance is None  # which compares the two sets, whatever the loss does
     _check_sources(unlearn, (*method.roles, Role.RETAIN) if measured else method.roles)
     check_schedule(args)
-    run = RunFolder(args.output_dir, unlearn.resume, writes=args.process_index == 0)
+    outputs = ("adapter", "checkpoint-*", "report")
+    run = RunFolder(args.output_dir, unlearn.resume, args.process_index == 0, outputs, model_options)
 
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_options)

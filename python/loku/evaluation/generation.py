@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from loku.fila.progress import progress
 from loku.inference import context_length, evaluation_mode
+
+# Thai and Lao, Burmese, Khmer, kana, Chinese characters: no blanks between words; Hangul: particles on the words.
+_UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
+)
 
 
 def generate_greedily(
@@ -57,10 +65,32 @@ def generate_greedily(
 
 
 def rouge_recall(generated: Sequence[str], truths: Sequence[str]) -> dict[str, list[float]]:
-    """Recall of ROUGE-1 and ROUGE-L (rouge-score, with its stemmer) of each text: "rouge1_recall", "rougeL_recall"."""
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(truth, text) for truth, text in zip(truths, generated, strict=True)]
+    """Recall of ROUGE-1 and ROUGE-L of each text: "rouge1_recall", "rougeL_recall".
+
+    As published, rouge-score's words of a-z and 0-9 with its stemmer; but where fewer than half of a truth's letters
+    and digits are ASCII, lower-cased words of any script, of Chinese, Japanese, Korean, Thai and the like characters.
+    """
+    published = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    any_script = RougeScorer(["rouge1", "rougeL"], tokenizer=_AnyScript())
+    scores = [
+        (published if _is_mostly_ascii(truth) else any_script).score(truth, text)
+        for truth, text in zip(truths, generated, strict=True)
+    ]
     return {f"{kind}_recall": [score[kind].recall for score in scores] for kind in ("rouge1", "rougeL")}
+
+
+class _AnyScript(Tokenizer):
+    """Words are letters, digits and the marks on them, which Python's ``\\w`` lacks; Hindi's vowels are such marks."""
+
+    def tokenize(self, text: str) -> list[str]:
+        text = unicodedata.normalize("NFKC", text).lower()
+        words = "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in text)
+        return _UNSPACED.sub(r" \1 ", words).split()
+
+
+def _is_mostly_ascii(text: str) -> bool:
+    characters = [character.isascii() for character in text if character.isalnum()]
+    return 2 * sum(characters) >= len(characters)
 
 
 def _batches(lengths: Sequence[int], batch_size: int, spread: float) -> list[list[int]]:
