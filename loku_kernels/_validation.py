@@ -90,7 +90,7 @@ def check_reduction(reduction: str, num_items_in_batch: float | Tensor | None) -
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, but is {reduction!r}")
     if num_items_in_batch is not None and reduction != "mean":
         raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', but reduction is {reduction!r}")
-    if not isinstance(num_items_in_batch, (Real, Tensor, type(None))):
+    if not isinstance(num_items_in_batch, (Real, Tensor, torch.SymInt, torch.SymFloat, type(None))):
         raise TypeError(f"num_items_in_batch must be a number or a tensor, but is {num_items_in_batch!r}")
     if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim() > 0:
         raise ValueError(

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 def sum_of_token_losses(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
     """The summed negative log-likelihood of ``targets``, each token's next one, from the ``logits`` of the model."""
     logits = model(**inputs).logits
-    needed = hasattr(logits.grad_fn, "_saved_result")  # by the model's own last operation, a tanh, say
+    needed = hasattr(logits.grad_fn, "_raw_saved_result")  # by the model's own last operation, a tanh, say
     return fused_cross_entropy(logits, targets, reduction="sum", inplace=not needed)
 
 

@@ -56,8 +56,7 @@ def _(logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap, reduc
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, labels, _, _, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.reduction, ctx.inplace = inputs
     _, factor, rows, index = output
-    if ctx.inplace:
-        ctx.version = logits._version
+    ctx.wrote_over_logits = False
     ctx.mark_non_differentiable(factor, rows, index)
     ctx.set_materialize_grads(False)  # or zeros of the table's size would be filled in for it
     ctx.save_for_backward(logits, labels, index, factor, rows)
@@ -70,10 +69,11 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[T
     upstream = upstream_of_losses(grad_value, factor, ctx.reduction).expand(labels.shape)
     arguments = (labels, index, rows[formulas.COEFFICIENTS], upstream, ctx.ignore_index, ctx.scale, ctx.softcap)
     if ctx.inplace and not torch.is_grad_enabled():
+        # autograd finds this itself, except where hooks of saved tensors (save_on_cpu) return what they were given.
+        if ctx.wrote_over_logits:
+            raise RuntimeError("the logits are gone: an earlier backward pass with inplace=True wrote over them")
+        ctx.wrote_over_logits = True
         logits = logits.detach()
-        # autograd checks this itself, except where hooks of saved tensors (save_on_cpu) return what they were given.
-        if logits._version > ctx.version:
-            raise RuntimeError("the logits were modified since the loss, by an earlier backward pass with inplace, say")
         row_gradient_(logits, *arguments)
         gradient = logits
     else:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
@@ -9,7 +13,7 @@ from training_setup import causal_lm, sequences, trained_weights, trainer, with_
 from transformers import TrainerCallback, TrainingArguments
 
 from loku.data import PairedDataset, Role
-from loku.training import EvaluationCallback, UnlearnConfig, UnlearningTrainer
+from loku.training import EvaluationCallback, JsonLinesCallback, UnlearnConfig, UnlearningTrainer
 
 FORGET, RETAIN, PREFERRED = sequences(6, 1), sequences(9, 2), sequences(6, 3)
 
@@ -108,9 +112,11 @@ def test_a_finished_run_loads_its_best_model_again(tmp_path):
 
 @pytest.mark.parametrize(("method", "role"), [("npo", Role.RETAIN), ("ga", Role.RETAIN), ("dpo", Role.FORGET)])
 def test_evaluation_sets_that_a_method_does_not_score_are_refused(tmp_path, method, role):
-    watched = make(tmp_path, method=method, eval_dataset=[{role: example} for example in FORGET])
-    with pytest.raises(ValueError, match=rf"method '{method}' scores .* but a batch has only {role.name.lower()}"):
-        watched.evaluate()
+    items = [{role: example} for example in FORGET]
+    with pytest.raises(ValueError, match=rf"method '{method}' scores .* but was given {role.name.lower()} alone"):
+        make(tmp_path, method=method, eval_dataset=items)
+    with pytest.raises(ValueError, match=rf"method '{method}' scores .* but was given {role.name.lower()} alone"):
+        make(tmp_path, method=method).evaluate(items)
 
 
 def test_evaluation_sets_of_one_term(tmp_path):
@@ -143,6 +149,29 @@ def test_what_was_measured_at_the_end_is_not_measured_again(tmp_path):
     watched = make(tmp_path, max_steps=4, callbacks=[EvaluationCallback(lambda model: {"whole": 1}, every=2)])
     watched.train()
     assert [entry["step"] for entry in watched.state.log_history if "eval_whole" in entry] == [0, 2, 4]
+
+
+def test_a_finished_run_is_not_measured_again(tmp_path):
+    def run(resume=None):
+        callbacks = [EvaluationCallback(lambda model: {"whole": 1}, every=2), JsonLinesCallback(tmp_path / "log.jsonl")]
+        options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "callbacks": callbacks}
+        make(tmp_path, **options).train(resume_from_checkpoint=resume)
+        return (tmp_path / "log.jsonl").read_text()
+
+    assert [json.loads(line)["step"] for line in run().splitlines() if "eval_whole" in line] == [0, 2, 3]
+    assert run(resume=True).count("eval_whole") == 3
+
+
+def test_a_trainer_is_freed_with_its_last_name(tmp_path):
+    done = make(tmp_path, max_steps=1)
+    done.train()
+    seen = weakref.ref(done)
+    gc.disable()
+    try:
+        del done
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

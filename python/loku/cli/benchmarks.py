@@ -153,7 +153,7 @@ class Benchmark:
 
     def _tofu(self, model: nn.Module) -> dict[str, float]:
         log = measure_tofu(model, self.sources, self.splits, self.options.limit)
-        with blaming(f"--retain_log {self.options.retain_log}"):
+        with blaming("tofu" if self.retain_log is None else f"--retain_log {self.options.retain_log}"):
             measures = aggregate_tofu(log, self.retain_log)
         return {name: value for name, value in measures.items() if value is not None}
 

@@ -18,6 +18,10 @@ from loku.cli.run_folder import RunFolder
 from loku.files import filling, write_json_lines
 
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+_OUTPUTS = {  # what could be replaced: of tokenizers too
+    "adapter": _ADAPTER_FILES,
+    "merged": ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
+}
 _WHERE = {"output_dir", "resume"}  # may change when a run goes on
 
 
@@ -51,7 +55,7 @@ def main(argv: list[str]) -> None:
     source = Path(model_options.adapter[-1])
     if not (source / "adapter_model.safetensors").is_file():
         raise CommandError(f"--adapter {source} holds no adapter_model.safetensors")
-    run = RunFolder(export.output_dir, export.resume, outputs=("*",), source=model_options)
+    run = RunFolder(export.output_dir, export.resume, outputs=_OUTPUTS[export.format], source=model_options)
     config = as_dict(model_options, export)
     run.begin(config, config.keys() - _WHERE)
     if not _is_whole(run):

@@ -153,7 +153,11 @@ def target_modules(model: nn.Module, targets: str) -> list[str]:
     elif targets == "all":
         chosen = linear
     else:
-        chosen = _named(list(layers), [target.strip() for target in targets.split(",")])
+        names = [target.strip() for target in targets.split(",") if target.strip()]
+        for target in names:
+            if not any(f".{name}".endswith(f".{target}") for name in layers):
+                raise _no_layer(target, linear)
+        chosen = [name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in names))]
     if not chosen:
         raise _no_layer(targets, linear)
     for name in chosen:
@@ -163,13 +167,6 @@ def target_modules(model: nn.Module, targets: str) -> list[str]:
                 "of the one cannot be merged without changing the other"
             )
     return _short_names(chosen, [name for name, _ in model.named_modules()])
-
-
-def _named(layers: list[str], targets: list[str]) -> list[str]:
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
-            raise _no_layer(target, layers)
-    return [name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in targets))]
 
 
 def _no_layer(targets: str, layers: list[str]) -> CommandError:

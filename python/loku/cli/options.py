@@ -133,7 +133,7 @@ def parse(command: str, option_types: list[type], argv: list[str], description: 
     return options
 
 
-def _recorded(asked: Namespace, known: Iterable[str]) -> dict[str, Any]:
+def _recorded(asked: Namespace, known: Mapping[str, Any]) -> dict[str, Any]:
     """What the run that goes on was told. Raises CommandError where a new run would replace the --config given."""
     record = Path(asked.output_dir, "config.yaml")
     if getattr(asked, "resume", False):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class RunFolder:
         path: str | os.PathLike,
         resume: bool = False,
         writes: bool = True,
-        outputs: Iterable[str] = (),
+        outputs: Sequence[str] = (),
         source: ModelOptions | None = None,
     ) -> None:
         self.path, self.writes = Path(path), writes
@@ -91,7 +91,7 @@ class RunFolder:
         """Not where a start came to nothing: it may be tried again."""
         return (self / "config.yaml").exists() and any(any(self.path.glob(name)) for name in _EVIDENCE)
 
-    def _check_source(self, source: ModelOptions, outputs: Iterable[str]) -> None:
+    def _check_source(self, source: ModelOptions, outputs: Sequence[str]) -> None:
         folder = self.path.resolve()
         for path in map(Path, filter(None, (source.model, *(source.adapter or [])))):
             if not path.exists() or not path.resolve().is_relative_to(folder):  # a name on the hub, or elsewhere
@@ -103,7 +103,7 @@ class RunFolder:
                     "another folder"
                 )
 
-    def _check_foreign(self, outputs: Iterable[str]) -> None:
+    def _check_foreign(self, outputs: Sequence[str]) -> None:
         if all((self / name).exists() for name in _BEGINNING):
             return
         found = {path.name for name in (*_RECORDS, *outputs) for path in self.path.glob(name)} - {"config.yaml"}

@@ -80,12 +80,13 @@ def without_padding(example: Mapping[str, Any]) -> Mapping[str, Any]:
     mask = example.get("attention_mask")
     if mask is None:
         return example
+    for name in ("input_ids", "labels"):
+        if len(example[name]) != len(mask):
+            raise ValueError(f"attention_mask has {len(mask)} entries for {len(example[name])} {name}")
     kept = torch.as_tensor(mask).bool()
-    values = {name: torch.as_tensor(example[name]) for name in ("input_ids", "labels")}
-    for name, tensor in values.items():
-        if tensor.shape != kept.shape:
-            raise ValueError(f"attention_mask has {len(kept)} entries for {len(tensor)} {name}")
-    return {name: tensor[kept].tolist() for name, tensor in values.items()}
+    if kept.all():
+        return example
+    return {name: torch.as_tensor(example[name])[kept].tolist() for name in ("input_ids", "labels")}
 
 
 def scored_length(example: Mapping[str, Any]) -> int:
@@ -189,7 +190,7 @@ def _check_counts(example: Mapping[str, Any]) -> None:
 
 
 def _scored(example: Example) -> Example:
-    if all(label == IGNORE_INDEX for label in example["labels"][1:]):
+    if bool((torch.as_tensor(example["labels"][1:]) == IGNORE_INDEX).all()):
         raise ValueError(f"nothing to score in its {len(example['input_ids'])} tokens (the first is never scored)")
     return example
 

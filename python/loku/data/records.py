@@ -82,7 +82,7 @@ def _user_records(path: str) -> list[dict[str, Any]]:
 
 def _problem(record: Mapping[str, Any]) -> str | None:
     if "input_ids" in record:
-        return _problem_of_tokens(record["input_ids"], record.get("labels"))
+        return _problem_of_tokens(*(record.get(name) for name in ("input_ids", "labels", "attention_mask")))
     keys = ("question", "answer") if is_question(record) else ("text",)
     if any(key not in record for key in keys):
         return f"expected question and answer, text, or input_ids, got the keys {sorted(record)}"
@@ -94,11 +94,13 @@ def _problem(record: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _problem_of_tokens(input_ids: Any, labels: Any) -> str | None:
+def _problem_of_tokens(input_ids: Any, labels: Any, attention_mask: Any) -> str | None:
     if not _are_numbers(input_ids) or not input_ids or min(input_ids) < 0:
         return "input_ids must be a list of token ids, not empty"
     if labels is not None and not (_are_numbers(labels) and all(x >= 0 or x == IGNORE_INDEX for x in labels)):
         return f"labels must be a list of token ids, and {IGNORE_INDEX} where nothing is scored"
+    if attention_mask is not None and not (_are_numbers(attention_mask) and set(attention_mask) <= {0, 1}):
+        return "attention_mask must be a list of ones, and 0 where there is padding"
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loku.data.batching import token_budget_batches
 from loku.data.collate import UnlearningCollator
-from loku.data.examples import Example
+from loku.data.examples import Example, without_padding
 from loku.data.roles import Role
 from loku.fila.progress import progress
 from loku.inference import context_length, evaluation_mode, tokens_at_once
@@ -49,6 +49,7 @@ def sequence_losses(
     Raises:
         ValueError: an example has nothing to score or is longer than the model's context.
     """
+    examples = [without_padding(example) for example in examples]
     longest, context = max((len(example["input_ids"]) for example in examples), default=0), context_length(model)
     if context is not None and longest > context:
         raise ValueError(f"an example has {longest} tokens, more than the model's context of {context}")

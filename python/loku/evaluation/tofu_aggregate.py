@@ -121,7 +121,7 @@ def _forget_quality(log: TofuLog, retain_log: TofuLog | None, rules: _Definition
 
 def _check_same_answers(task: Mapping[str, Any], retain_task: Mapping[str, Any]) -> None:
     """By the true answers, which stand last: the questions carry the prompt template of either model."""
-    texts, retain_texts = (x.get("generated_text", {}) for x in (task, retain_task))
+    texts, retain_texts = (x.get("generated_text") or {} for x in (task, retain_task))
     for sample in (sample for sample in task["avg_gt_loss"] if sample in texts and sample in retain_texts):
         expected, given = texts[sample][-1], retain_texts[sample][-1]
         if expected.strip() != given.strip():

@@ -64,7 +64,7 @@ class JsonLinesCallback(TrainerCallback):
 
 
 class EvaluationCallback(TrainerCallback):
-    """Calls ``evaluate(model)`` at step 0, at an interval and at the end of the training, which it ends once
+    """Calls ``evaluate(model)`` at step 0, at an interval and after the last step, and ends the training once
     ``stop(metrics)`` is true.
 
     The model is in evaluation mode without gradients meanwhile, and random numbers drawn by the evaluation are given
@@ -102,7 +102,6 @@ class EvaluationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._first_step = state.global_step
-        self._measured_at = state.global_step if _logged(state) else None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,7 +114,7 @@ class EvaluationCallback(TrainerCallback):
                 raise TrainingIsOver
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.every != "epoch" and state.global_step % self.every == 0:
+        if self.every != "epoch" and (state.global_step % self.every == 0 or state.global_step >= state.max_steps):
             self._measure_or_stop(args, control, kwargs["model"])
 
     def on_epoch_end(
@@ -123,12 +122,6 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         if self.every == "epoch":
             self._measure_or_stop(args, control, kwargs["model"])
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._measured_at != state.global_step:
-            self._measure(control, kwargs["model"])
 
     def _measure_or_stop(self, args: TrainingArguments, control: TrainerControl, model: nn.Module) -> None:
         metrics = self._measure(control, model)
@@ -145,7 +138,6 @@ class EvaluationCallback(TrainerCallback):
         due = control.should_log
         logged = {**metrics, "runtime": round(time.perf_counter() - begin, 3)}
         self.trainer.log({f"eval_{name}": value for name, value in logged.items()})
-        self._measured_at = self.trainer.state.global_step
         control.should_log = due  # which the trainer takes for done after any log
         return metrics
 

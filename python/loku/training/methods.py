@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -71,13 +71,13 @@ class Method(ABC):
         """The roles whose sequences are needed; an epoch is one pass over those of the first."""
         return (Role.FORGET, Role.RETAIN) if self.retain_weight > 0 else (Role.FORGET,)
 
-    def check_batch(self, totals: Totals) -> None:
-        """ValueError unless a batch, of an evaluation, say, holds all that one of the method's terms needs."""
-        present, needed = {role for role in Role if totals.sequences[role]}, set(self.roles)
+    def check_roles(self, present: Set[Role]) -> None:
+        """ValueError unless sequences of these roles are all that one of the loss's terms needs."""
+        needed = set(self.roles)
         forget = needed - {Role.RETAIN}
         if not present & needed or present & forget not in (set(), forget):
             raise ValueError(
-                f"method {self.name!r} scores {_names(self.roles)} sequences, but a batch has only {_names(present)}"
+                f"method {self.name!r} scores {_names(self.roles)} sequences, but was given {_names(present)} alone"
             )
 
     @abstractmethod

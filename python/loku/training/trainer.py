@@ -82,7 +82,7 @@ class UnlearningTrainer(Trainer):
         self.method = args.unlearning_method()
         given = {Role.FORGET: forget_dataset, Role.RETAIN: retain_dataset, Role.PREFERRED: preferred_dataset}
         pairs = _pairs(self.method, given, args.data_seed)
-        longest = _check_lengths(model, {**_training_sets(pairs), **_evaluation_sets(options.get("eval_dataset"))})
+        longest = _check_lengths(model, _training_sets(pairs) | _evaluation_sets(self.method, options))
         _check_adapter(model, self.method)
         if args.n_gpu > 1:
             logger.warning(f"Using one of {args.n_gpu} GPUs: a packed batch cannot be split; launch with torchrun.")
@@ -97,13 +97,13 @@ class UnlearningTrainer(Trainer):
         self.data_collator = UnlearningCollator(0, row_tokens)
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
-        self.add_callback(_Beginnings(self))
+        self.add_callback(_Beginnings(pairs, self._parts))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As `transformers.Trainer.train`; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
 
         A checkpoint from which there is nothing to go on, after ``max_steps`` or with the aim of an
-        `EvaluationCallback` reached, is loaded and left as it is.
+        `EvaluationCallback` reached, is loaded and left as it is (or the best one is, with ``load_best_model_at_end``).
 
         Raises:
             ValueError: the checkpoint is not whole, or none is; nothing of the model is trainable.
@@ -155,7 +155,7 @@ class UnlearningTrainer(Trainer):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         totals = Totals(*num_items_in_batch)
         if not model.training:
-            self.method.check_batch(totals)
+            self.method.check_roles({role for role in Role if totals.sequences[role]})
         reference = self._reference(model, inputs) if self.method.reference else None  # first: no graph is there yet
         loss = self.method.loss(self.scorer(model, inputs), reference, totals)
         if model.training:
@@ -173,7 +173,7 @@ class UnlearningTrainer(Trainer):
             names, values = zip(*self._parts.items(), strict=True)
             means = self.accelerator.reduce(torch.stack(values), "sum") / steps
             logs.update(zip(names, means.tolist(), strict=True))
-            self._parts = {}
+            self._parts.clear()
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -210,18 +210,18 @@ class _Beginnings(TrainerCallback):
     No epoch is begun after the last step.
     """
 
-    def __init__(self, trainer: UnlearningTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, pairs: PairedDataset, parts: dict[str, Tensor]) -> None:
+        self.pairs, self.parts = pairs, parts
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer._parts = {}
+        self.parts.clear()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+        self.pairs.set_epoch(int(state.epoch or 0))
         if state.global_step >= state.max_steps:
             raise TrainingIsOver
 
@@ -267,16 +267,19 @@ def _training_sets(pairs: PairedDataset) -> dict[str, Iterable[Example]]:
     return {f"{role.name.lower()}_dataset": examples for role, examples in pairs.examples.items()}
 
 
-def _evaluation_sets(given: Any) -> dict[str, Iterable[Example]]:
+def _evaluation_sets(method: Method, options: Mapping[str, Any]) -> dict[str, Iterable[Example]]:
     """Of one data set or several by name, those that can be gone through beforehand."""
+    given = options.get("eval_dataset")
     named = {f"eval_dataset[{name!r}]": of for name, of in given.items()} if isinstance(given, dict) else {}
     sets = named or {"eval_dataset": given}
-    return {name: _sequences(of) for name, of in sets.items() if hasattr(of, "__len__")}
+    return {name: _sequences(method, of) for name, of in sets.items() if hasattr(of, "__len__")}
 
 
-def _sequences(items: Sequence[Mapping[Role, Example]]) -> Iterator[Example]:
+def _sequences(method: Method, items: Sequence[Mapping[Role, Example]]) -> Iterator[Example]:
     for i in range(len(items)):
-        yield from (example for _, example in sequences_of([items[i]]))
+        roles, examples = zip(*sequences_of([items[i]]), strict=True)
+        method.check_roles(set(roles))
+        yield from examples
 
 
 def _check_lengths(model: nn.Module, sets: Mapping[str, Iterable[Example]]) -> int:
@@ -314,7 +317,7 @@ def _check_adapter(model: nn.Module, method: Method) -> None:
             f"method {method.name!r} needs an adapter started by loku.fila.initialize_lora_fila_weights, or loaded "
             f"by load_fila_adapter; without FILA it is {'ihl' if method.name == 'loku' else 'gd'!r}"
         )
-    if method.fila and not set(model.active_adapters) <= fila_adapters(model):
+    if method.fila and not fila_adapters(model).intersection(model.active_adapters):
         raise ValueError(
             f"method {method.name!r} trains the active adapters {model.active_adapters}, but FILA started "
             f"{sorted(fila_adapters(model))}; call model.set_adapter"
