@@ -55,6 +55,8 @@ class Measurement:
     allocator: str = "default"
     limit_ms: float | None = None
     """What the physical limits of the workload allow."""
+    quality: dict[str, float] = field(default_factory=dict)
+    """Of an approximation: how good it is, by name."""
 
     @property
     def median_ms(self) -> float:

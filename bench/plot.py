@@ -47,7 +47,13 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("-o", "--out", type=Path, default=Path("bench.png"))
     arguments = parser.parse_args()
-    plot(json.loads(arguments.results.read_text()), arguments.out)
+    try:
+        results = json.loads(arguments.results.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"{arguments.results} cannot be read: {error}")
+    if not results.get("measurements"):
+        parser.error(f"{arguments.results} has no measurements to plot")
+    plot(results, arguments.out)
 
 
 if __name__ == "__main__":

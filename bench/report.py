@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,11 @@ class Report:
 
 
 def default_path() -> Path:
+    """Named for the hardware, the day and the commit; numbered where there is such a file."""
     slug = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-")
-    return RESULTS / f"{slug}-{datetime.date.today().isoformat()}.json"
+    name = f"{slug}-{datetime.date.today().isoformat()}-{commit()}"
+    numbered = (RESULTS / f"{name}{suffix}.json" for suffix in chain([""], (f"-{n}" for n in count(2))))
+    return next(path for path in numbered if not path.exists())
 
 
 def _write_table(write: Callable[[str], None], workload: str, group: list[Measurement]) -> None:
@@ -79,8 +82,9 @@ def _write_table(write: Callable[[str], None], workload: str, group: list[Measur
     write(f"{workload:<64}{heading}")
     for m in group:
         relative = "" if ours is None else f"{m.median_ms / ours:.2f}"
+        quality = "".join(f"  {name} {value:.1e}" for name, value in m.quality.items())
         share = "" if m.share_of_limit is None else f"{m.share_of_limit:.0%}"
         write(
             f"  {m.role:<6}{m.candidate:<56}{m.median_ms:>9.2f}{m.spread:>8.0%}{relative:>8}{m.rate:>10.1f}"
-            f"{m.peak_mib:>8.0f}{share:>10}"
+            f"{m.peak_mib:>8.0f}{share:>10}{quality}"
         )

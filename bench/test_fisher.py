@@ -187,6 +187,8 @@ def test_layer(bench, layer, batch, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_from_a_gradient(bench, layer, dtype):
     fisher, grad = torch.zeros(layer, device=bench.device), torch.randn(layer, device=bench.device).to(dtype)
+    fisher_accumulate_grad(fisher, grad, 0.5)
+    torch.testing.assert_close(fisher, 0.5 * grad.float().square())
     workload = f"fisher from a gradient, {layer[0]} x {layer[1]} {str(dtype)[6:]}"
     found = bench.measure(
         workload,

@@ -214,6 +214,17 @@ def test_importance_file_that_is_none_or_of_another_model(unlearn_refused, works
     assert "row weights" in unlearn_refused("--importance", file, method="loku")
 
 
+def test_importance_of_other_settings_or_another_forget_set(unlearn_refused, workshop, loku, folder, tmp_path, capsys):
+    words = ["--retain", workshop / "retain.jsonl", "--output_dir", tmp_path / "rows", "--fila_eps", "10"]
+    loku("importance", "--model", workshop / "llama", "--forget", workshop / "retain.jsonl", *words)
+    given = ("--importance", tmp_path / "rows" / "importance.safetensors")
+    line = unlearn_refused(*given, method="loku")
+    assert "--fila_eps was 10.0 when it was computed, but is 1e-05 here" in line
+    words = workshop.unlearn("loku", folder, *given, "--fila_eps", "10", "--row_tokens", "1")
+    assert main(list(map(str, words))) == 1  # for the row_tokens, which are looked at later
+    assert "was computed for another forget set than --forget" in capsys.readouterr().err
+
+
 def test_importance_that_is_not_finite(unlearn_refused, workshop, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
@@ -300,7 +311,7 @@ def test_a_run_that_diverges_says_so(workshop, folder, capsys):
 
 def test_an_evaluation_that_is_not_finite_says_so(workshop, folder, capsys, monkeypatch):
     monkeypatch.setattr("loku.cli.evaluate.perplexity", lambda *args, **options: float("inf"))
-    path = str(workshop / "forget.jsonl")
+    path = str(workshop / "forget_text.jsonl")
     words = ["evaluate", "--model", str(workshop / "llama"), "--text", path, "--output_dir", str(folder)]
     assert main(words) == 0
     assert f"loku: warning: {path} perplexity: not finite" in capsys.readouterr().err

@@ -195,7 +195,10 @@ def test_evaluate_perplexity_of_several_texts(workshop, loku, folder):
         "evaluate", "--model", workshop / "llama", "--text", *texts, "--data_dir", workshop.root, "--output_dir", folder
     )
     after = results(folder)["after"]
-    assert set(after) == {f"{text} perplexity" for text in texts}
+    asked = f"{texts[1]} ROUGE-L"  # of questions
+    assert set(after) == {*(f"{text} perplexity" for text in texts), asked}
+    loku(*workshop.unlearn("ihl", folder / "run", *workshop.questions, "--max_steps", "1", "--limit", "300"))
+    assert after[asked] == pytest.approx(results(folder / "run")["before"]["forget_rouge"])
     ids = AutoTokenizer.from_pretrained(workshop / "llama")((workshop / "wikitext2" / "test.txt").read_text()).input_ids
     model = AutoModelForCausalLM.from_pretrained(workshop / "llama")
     blocks = [ids[i : i + 64] for i in range(0, len(ids), 64)]  # the context, which is shorter than 512

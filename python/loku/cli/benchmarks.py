@@ -50,14 +50,14 @@ class BenchmarkOptions:
 
 
 @dataclass(frozen=True)
-class _Questions:
+class Questions:
     """Those of a source's records that are questions, and the most tokens of one with its generated answer."""
 
     records: list[dict[str, Any]]
     length: int
 
     @classmethod
-    def of(cls, records: Sequence[dict[str, Any]], sources: Tokenised, source: str) -> _Questions:
+    def of(cls, records: Sequence[dict[str, Any]], sources: Tokenised, source: str) -> Questions:
         """TOFU's length was published for its own splits; other answers may take as many tokens as the true ones."""
         questions = [record for record in records if is_question(record)]
         if source.partition("[")[0] in TOFU_SPLITS:
@@ -90,7 +90,7 @@ class Benchmark:
         named = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
         records = {part: sources.records(source)[: options.limit] for part, source in named.items()}
         self.examples = {part: sources.tokenise(records[part], named[part]) for part in named}
-        self.questions = {part: _Questions.of(records[part], sources, named[part]) for part in named}
+        self.questions = {part: Questions.of(records[part], sources, named[part]) for part in named}
         self.text = None if options.text is None else sources.examples(options.text)
         self.retain_log = None if options.retain_log is None else tofu_log(options.retain_log)
         self.goal = None

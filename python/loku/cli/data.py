@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -96,12 +97,13 @@ def importance_batches(
     return tuple(_batches(examples, tokens, pad) for examples in (forget, drawn))
 
 
-def digest(data: Iterable[Sequence[Mapping[str, Tensor]]]) -> str:
-    """16 hexadecimal digits of everything in the batches of some data sets."""
+def digest(data: Iterable[Sequence[Mapping[str, Tensor | list[int]]]]) -> str:
+    """16 hexadecimal digits of everything in the batches, or examples, of some data sets."""
     found = hashlib.sha256()
     for batches in data:
         for batch in batches:
             for key, value in batch.items():
+                value = torch.as_tensor(value)
                 found.update(f"{key} {tuple(value.shape)} {value.flatten().tolist()}\n".encode())
         found.update(b"end of a set\n")
     return found.hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Literal
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, set_seed
 
-from loku.cli.benchmarks import measure_tofu, sequences_of, tofu_log, tofu_sources
+from loku.cli.benchmarks import Questions, measure_tofu, sequences_of, tofu_log, tofu_sources
 from loku.cli.data import Tokenised
 from loku.cli.errors import CommandError, blaming
 from loku.cli.models import load_model, load_tokenizer
@@ -36,12 +37,14 @@ _WHERE = {"data_dir", "output_dir", "resume", "retain_log"}  # may change when a
 class EvaluateRun:
     """What to measure."""
 
-    benchmark: Literal["tofu", "tdec", "perplexity", "lm-eval"] = option("perplexity", "what to measure")
-    forget: str | None = option(None, "tofu: forget01, forget05 or forget10; tdec: the sequences, such as tdec[0:32]")
+    benchmark: Literal["tofu", "tdec", "perplexity", "lm-eval"] = option(
+        "perplexity", "what to measure; perplexity: of questions also the ROUGE-L recall of the answers"
+    )
+    forget: str | None = option(None, "tofu: forget01, forget05 or forget10; tdec: sequences, such as tdec[0:32]")
     text: list[str] | None = option(None, "perplexity: sources, each measured by itself")
     retain_log: str | None = option(None, "tofu: log of the model trained without the forget set, for forget quality")
     definition: Literal["tofu", "open-unlearning"] = option("tofu", "whose definition of TOFU's aggregates")
-    limit: int | None = option(300, "tofu: most samples of each task; 300 as published")
+    limit: int | None = option(300, "most samples of each TOFU task, 300 as published, and most questions asked")
     seed: int = option(0, "of what is drawn at random: only tasks of lm-eval may do so")
     output_dir: str = option("evaluation", "folder for results.json, metrics.jsonl, and TOFU's log")
     resume: bool = option(False, "go on from what is in output_dir")
@@ -102,12 +105,14 @@ def _perplexity(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRu
     if not evaluate.text:
         raise CommandError("--text is required: sources such as wikitext2:test")
 
-    examples = {source: sources.examples(source) for source in evaluate.text}
-
-    def of(source: str) -> float:
-        return perplexity(model, examples[source], show_progress_bar=True)
-
-    return lambda: {f"{source} perplexity": value for source, value in _each(evaluate.text, of, run).items()}
+    measures: dict[str, Callable[[], float]] = {}
+    for source in evaluate.text:
+        examples = sources.examples(source)
+        measures[f"{source} perplexity"] = partial(perplexity, model, examples, show_progress_bar=True)
+        questions = Questions.of(sources.records(source)[: evaluate.limit], sources, source)
+        if questions.records:
+            measures[f"{source} ROUGE-L"] = partial(questions.rouge, model, sources)
+    return lambda: _each(list(measures), lambda name: measures[name](), run)
 
 
 def _lm_eval(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRun, run: RunFolder) -> Measure:

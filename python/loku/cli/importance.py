@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ def row_weights(
     """The importance pass on the base model, to ``path``; under torch.distributed each rank takes its share of the
     batches.
 
-    The seconds that it takes are kept with the row weights, in ``importance["seconds"]``: those of its last start.
+    Kept with the row weights, in ``importance``: the seconds that it takes, those of its last start, and which the
+    forget set was.
     """
     started = time.perf_counter()
     data = importance_batches(forget, retain, options.fisher_retain_size, options.fisher_batch_tokens, pad, seed)
@@ -82,11 +84,26 @@ def row_weights(
     settings = {"peft_config": peft_config, "show_progress_bar": show_progress_bar, "checkpoint": checkpoint}
     with blaming("importance", FloatingPointError):  # gradients that are not finite, or zero throughout
         state = get_fila_state_dict(model, *data, fila_config(options), **settings)
-    state.importance["seconds"] = round(time.perf_counter() - started, 3)
+    state.importance |= {"forget": digest([forget]), "seconds": round(time.perf_counter() - started, 3)}
     if PartialState().is_main_process:
         state.save(path)
         checkpoint.remove()
     return state
+
+
+def check_importance(state: FilaStateDict, options: ImportanceOptions, forget: list[Example]) -> None:
+    """Raises ValueError if row weights from a file were computed otherwise than ``options`` say, and warns of those for
+    another forget set."""
+    asked = {"fila_eps": "eps", "fila_eps_mode": "eps_mode", "fisher_granularity": "granularity"}
+    for key, name in asked.items():
+        used = state.importance.get(name, getattr(options, key))
+        if used != getattr(options, key):
+            raise ValueError(f"--{key} was {used} when it was computed, but is {getattr(options, key)} here")
+    if state.importance.get("forget", digest([forget])) != digest([forget]):
+        print(
+            f"loku: warning: --importance {options.importance} was computed for another forget set than --forget",
+            file=sys.stderr,
+        )
 
 
 def main(argv: list[str]) -> None:

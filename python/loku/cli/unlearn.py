@@ -19,7 +19,7 @@ from loku.cli.benchmarks import Benchmark, BenchmarkOptions
 from loku.cli.checks import check_schedule
 from loku.cli.data import Tokenised, count_shared
 from loku.cli.errors import CommandError, blaming
-from loku.cli.importance import fila_config, row_weights
+from loku.cli.importance import check_importance, fila_config, row_weights
 from loku.cli.models import held_whole, load_model, load_tokenizer, lora_config
 from loku.cli.options import (
     AdapterOptions,
@@ -175,7 +175,10 @@ def _row_weights(
     path = Path(options.importance or run / "importance.safetensors")
     if path.exists():
         with blaming(f"--importance {path}"):
-            return FilaStateDict.load(path)
+            state = FilaStateDict.load(path)
+            if options.importance is not None:
+                check_importance(state, options, data.forget)
+            return state
     return row_weights(model, data.forget, data.retain, adapter, options, pad, args.seed, path, not args.disable_tqdm)
 
 

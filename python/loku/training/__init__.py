@@ -8,15 +8,19 @@ trainer.train()
 from loku.training.callbacks import EvaluationCallback, JsonLinesCallback
 from loku.training.checkpoints import checkpoint_fault, last_whole_checkpoint
 from loku.training.config import UnlearnConfig
-from loku.training.methods import METHODS, get_method
-from loku.training.scores import Scorer
+from loku.training.methods import METHODS, Loss, Method, Totals, get_method
+from loku.training.scores import Scorer, Scores
 from loku.training.trainer import UnlearningTrainer
 
 __all__ = [
     "METHODS",
     "EvaluationCallback",
     "JsonLinesCallback",
+    "Loss",
+    "Method",
     "Scorer",
+    "Scores",
+    "Totals",
     "UnlearnConfig",
     "UnlearningTrainer",
     "checkpoint_fault",
