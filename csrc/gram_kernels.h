@@ -32,7 +32,6 @@ void add_gram_tile(const float* a, int64_t steps, const float* b, float* c, int6
   Vector sum[kRows][kVectors];
   each([&](int r, int v) LOKU_LAMBDA { sum[r][v] = broadcast(0.0f); });
   for (; steps > 0; --steps, a += kStep, b += width) {
-#pragma GCC unroll 2
     for (int i = 0; i < pieces_of(kRows, kLine); ++i, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
     Vector row[kVectors];
 #pragma GCC unroll 4

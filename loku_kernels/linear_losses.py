@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Literal, Unpack, overload
+
 import torch
 from torch import Tensor
 
 from loku_kernels import _validation as check
 from loku_kernels import ops
+from loku_kernels._options import HeadOptions
 from loku_kernels.backends.reference import compute_dtype
 from loku_kernels.results import RowStatistics, TargetStatistics, loss_of, operator_reduction, row_statistics
 
 
+@overload
+def fused_linear_ihl(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[HeadOptions],
+) -> Tensor: ...
+@overload
+def fused_linear_ihl(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_statistics: Literal[True], **options: Unpack[HeadOptions]
+) -> tuple[Tensor, RowStatistics]: ...
+@overload
+def fused_linear_ihl(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_statistics: bool, **options: Unpack[HeadOptions]
+) -> Tensor | tuple[Tensor, RowStatistics]: ...
 def fused_linear_ihl(
     hidden: Tensor,
     weight: Tensor,
@@ -74,6 +94,23 @@ def fused_linear_ihl(
     )
 
 
+@overload
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[HeadOptions],
+) -> Tensor: ...
+@overload
+def fused_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_statistics: Literal[True], **options: Unpack[HeadOptions]
+) -> tuple[Tensor, RowStatistics]: ...
+@overload
+def fused_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_statistics: bool, **options: Unpack[HeadOptions]
+) -> Tensor | tuple[Tensor, RowStatistics]: ...
 def fused_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -113,6 +150,39 @@ def fused_linear_cross_entropy(
     )
 
 
+@overload
+def fused_linear_unlearning_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ihl_weight: float | Tensor,
+    ce_weight: float | Tensor,
+    *,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[HeadOptions],
+) -> Tensor: ...
+@overload
+def fused_linear_unlearning_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ihl_weight: float | Tensor,
+    ce_weight: float | Tensor,
+    *,
+    return_statistics: Literal[True],
+    **options: Unpack[HeadOptions],
+) -> tuple[Tensor, RowStatistics]: ...
+@overload
+def fused_linear_unlearning_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ihl_weight: float | Tensor,
+    ce_weight: float | Tensor,
+    *,
+    return_statistics: bool,
+    **options: Unpack[HeadOptions],
+) -> Tensor | tuple[Tensor, RowStatistics]: ...
 def fused_linear_unlearning_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Literal, Unpack, overload
+
 import torch
 from torch import Tensor
 
 from loku_kernels import _validation as check
 from loku_kernels import ops
+from loku_kernels._options import LogitOptions
 from loku_kernels.backends.reference import compute_dtype
 from loku_kernels.results import RowStatistics, TargetStatistics, loss_of, operator_reduction, row_statistics
 
 
+@overload
+def fused_ihl(
+    logits: Tensor, labels: Tensor, *, return_statistics: Literal[False] = False, **options: Unpack[LogitOptions]
+) -> Tensor: ...
+@overload
+def fused_ihl(
+    logits: Tensor, labels: Tensor, *, return_statistics: Literal[True], **options: Unpack[LogitOptions]
+) -> tuple[Tensor, RowStatistics]: ...
+@overload
+def fused_ihl(
+    logits: Tensor, labels: Tensor, *, return_statistics: bool, **options: Unpack[LogitOptions]
+) -> Tensor | tuple[Tensor, RowStatistics]: ...
 def fused_ihl(
     logits: Tensor,
     labels: Tensor,
@@ -79,6 +94,18 @@ def fused_ihl(
     )
 
 
+@overload
+def fused_cross_entropy(
+    logits: Tensor, labels: Tensor, *, return_statistics: Literal[False] = False, **options: Unpack[LogitOptions]
+) -> Tensor: ...
+@overload
+def fused_cross_entropy(
+    logits: Tensor, labels: Tensor, *, return_statistics: Literal[True], **options: Unpack[LogitOptions]
+) -> tuple[Tensor, RowStatistics]: ...
+@overload
+def fused_cross_entropy(
+    logits: Tensor, labels: Tensor, *, return_statistics: bool, **options: Unpack[LogitOptions]
+) -> Tensor | tuple[Tensor, RowStatistics]: ...
 def fused_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -112,6 +139,36 @@ def fused_cross_entropy(
     )
 
 
+@overload
+def fused_unlearning_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ihl_weight: float | Tensor,
+    ce_weight: float | Tensor,
+    *,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[LogitOptions],
+) -> Tensor: ...
+@overload
+def fused_unlearning_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ihl_weight: float | Tensor,
+    ce_weight: float | Tensor,
+    *,
+    return_statistics: Literal[True],
+    **options: Unpack[LogitOptions],
+) -> tuple[Tensor, RowStatistics]: ...
+@overload
+def fused_unlearning_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ihl_weight: float | Tensor,
+    ce_weight: float | Tensor,
+    *,
+    return_statistics: bool,
+    **options: Unpack[LogitOptions],
+) -> Tensor | tuple[Tensor, RowStatistics]: ...
 def fused_unlearning_loss(
     logits: Tensor,
     labels: Tensor,

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from fila_models import FAMILIES, adapted, build, logits, token_ids
+from fila_models import FAMILIES, adapted, build, logits, token_ids, train
 from fisher_oracle import explicit_fisher, groups_of, matrices_alive, padded, sequences
 from peft import LoraConfig
 
@@ -68,6 +68,20 @@ def test_a_plain_model_groups_and_batch_sizes_give_the_same():
         assert state.keys() == whole.keys() and len(state) == 4
         for name in state:
             torch.testing.assert_close(state[name], whole[name], rtol=1e-4, atol=0)
+
+
+def test_importance_is_of_the_base_whatever_its_adapters_say():
+    """Another active adapter of a model, or this one, may have been trained before."""
+    base = build("llama")
+    model = adapted(base, target_modules=["q_proj", "up_proj"])
+    data = padded(sequences(0), 5), padded(sequences(1), 5)
+    expected = get_fila_state_dict(model, *data, show_progress_bar=False)
+    train(model, rate=0.2)
+    trained = logits(model)
+    assert (trained - logits(base)).abs().max() > 0.1
+    state = get_fila_state_dict(model, *data, show_progress_bar=False)
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+    assert torch.equal(logits(model), trained)
 
 
 @pytest.mark.parametrize("modules", [1, 2])

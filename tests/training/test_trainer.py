@@ -128,6 +128,17 @@ def test_retain_sequences_are_drawn_anew_each_epoch_after_resuming_too(tmp_path)
     assert resumed == whole[8:]
 
 
+def test_the_data_seed_draws_the_retain_sequences(tmp_path):
+    """Which is the seed, unless it is given."""
+
+    def drawn(**options):
+        pairs = trainer(with_adapter(causal_lm("llama")), tmp_path, FORGET, RETAIN, **options).train_dataset
+        return [pairs[i][Role.RETAIN] for i in range(len(FORGET))]
+
+    assert drawn(data_seed=1) == drawn(data_seed=1, seed=4) == drawn(seed=1)
+    assert drawn(data_seed=1) != drawn(data_seed=2)
+
+
 @pytest.mark.parametrize("method", STARTS)
 def test_checkpoints_load_on_the_unmodified_base(tmp_path, method):
     base = causal_lm("llama")
