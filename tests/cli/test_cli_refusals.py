@@ -141,7 +141,7 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
         (("--lora_dropout", "2"), "--lora_dropout must be from 0 to below 1, but is 2.0"),
         (("--targets", "qkv"), "names no linear layer of the model, which has down_proj, gate_proj"),
         (("--targets", "q_proj,v_prj"), "--targets 'v_prj' names no linear layer of the model, which has down_proj"),
-        (("--targets", "q_proj,"), "--targets '' names no linear layer"),
+        (("--targets", ","), "--targets ',' names no linear layer"),
         (("--evaluate_every", "0"), "--evaluate_every must be epoch or a number of steps"),
         (("--dtype", "float8"), "--dtype"),
         (("--packing", "always", "--attn_implementation", "eager", "--row_tokens", "3"), "row_tokens must be"),
