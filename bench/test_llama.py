@@ -79,8 +79,7 @@ def excess(weight: Tensor, row_weight: Tensor) -> float:
     scaled = row_weight[:, None] * weight.float()
     short = (scaled if len(scaled) <= scaled.shape[1] else scaled.T).double()
     values = torch.linalg.eigvalsh(short @ short.T).flip(0).clamp(min=0).sqrt()
-    problem = test_weighted_svd.Problem(weight, row_weight, scaled, values, svd_seconds=0.0)
-    return test_weighted_svd.excess(problem, RANK, weighted_svd(weight, row_weight, RANK))[0]
+    return test_weighted_svd.excess(scaled, values, RANK, weighted_svd(weight, row_weight, RANK))["excess"]
 
 
 def random_model(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:

@@ -56,11 +56,12 @@ def lowrank(p: Problem, rank: int, **options: int) -> tuple[Tensor, Tensor, Tens
     return u[:, :rank], s[:rank], v[:, :rank].T
 
 
-def excess(p: Problem, rank: int, factors: tuple[Tensor, ...]) -> dict[str, float]:
+def excess(scaled: Tensor, values: Tensor, rank: int, factors: tuple[Tensor, ...]) -> dict[str, float]:
+    """Of factors of ``scaled``, whose singular values are ``values``."""
     u, s, vh = factors[:3]
-    rows = torch.linalg.vector_norm(p.scaled - (u * s) @ vh, dim=1)
-    residual, norm = float(rows.double().norm()), float(torch.linalg.vector_norm(p.scaled, dim=1).double().norm())
-    best = max(norm**2 - float(p.values[:rank].square().sum()), 0.0) ** 0.5
+    rows = torch.linalg.vector_norm(scaled - (u * s) @ vh, dim=1)
+    residual, norm = float(rows.double().norm()), float(torch.linalg.vector_norm(scaled, dim=1).double().norm())
+    best = max(norm**2 - float(values[:rank].square().sum()), 0.0) ** 0.5
     return {"excess": residual / best - 1, "lost": (residual - best) / (norm - best)}
 
 
@@ -72,7 +73,7 @@ def test_weighted_svd(bench, shape: tuple[int, int], spectrum: str, rank: int):
 
     def judged(name: str, role: str, run: Callable[[], tuple[Tensor, ...]]) -> Candidate:
         def check(factors: tuple[Tensor, ...]) -> None:
-            quality[name] = excess(p, rank, factors)
+            quality[name] = excess(p.scaled, p.values, rank, factors)
             if role == "ours":
                 assert quality[name]["excess"] <= 1e-4 + 1e-6 and quality[name]["lost"] <= 0.01 + 1e-4
 
