@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, get_scheduler
 
-from loku.cli.errors import CommandError, blaming
+from loku.cli.errors import CommandError, blaming, warn
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,7 @@ def warn_of_unused(values: Mapping[str, Any]) -> None:
     for name, benchmark in _USED_BY.items():
         if values.get(name) is not None and values["benchmark"] != benchmark:
             chosen = values["benchmark"]
-            print(
-                f"loku: warning: --{name} is for --benchmark {benchmark}, and has no effect with {chosen}",
-                file=sys.stderr,
-            )
+            warn(f"--{name} is for --benchmark {benchmark}, and has no effect with {chosen}")
 
 
 def check_schedule(args: TrainingArguments) -> None:

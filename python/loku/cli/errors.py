@@ -17,6 +17,11 @@ class CommandError(ValueError):
     """A mistake in what the user gave."""
 
 
+def warn(message: str) -> None:
+    """One line beside what the command prints, of what does not stop it."""
+    print(f"loku: warning: {message}", file=sys.stderr)
+
+
 @contextmanager
 def blaming(what: str | None = None, *others: type[Exception]) -> Iterator[None]:
     """Around what fails because of the user's files and values: such errors become CommandErrors, after ``what``.

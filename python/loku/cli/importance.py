@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loku.cli.data import Tokenised, digest, importance_batches
-from loku.cli.errors import CommandError, blaming
+from loku.cli.errors import CommandError, blaming, warn
 from loku.cli.models import load_model, load_tokenizer, lora_config
 from loku.cli.options import (
     AdapterOptions,
@@ -99,11 +98,8 @@ def check_importance(state: FilaStateDict, options: ImportanceOptions, forget: l
         used = state.importance.get(name, getattr(options, key))
         if used != getattr(options, key):
             raise ValueError(f"--{key} was {used} when it was computed, but is {getattr(options, key)} here")
-    if state.importance.get("forget", digest([forget])) != digest([forget]):
-        print(
-            f"loku: warning: --importance {options.importance} was computed for another forget set than --forget",
-            file=sys.stderr,
-        )
+    if state.importance.get("forget") not in (None, digest([forget])):
+        warn(f"--importance {options.importance} was computed for another forget set than --forget")
 
 
 def main(argv: list[str]) -> None:

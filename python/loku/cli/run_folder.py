@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 from transformers import TrainerState
 
-from loku.cli.errors import CommandError
+from loku.cli.errors import CommandError, warn
 from loku.cli.options import ModelOptions, read_mapping
 from loku.fila.progress import peak_memory
 from loku.files import read_json_lines, replacing, write_json, write_json_lines
@@ -126,7 +125,7 @@ class RunFolder:
         lost = [name for name, value in after.items() if value is not None and not math.isfinite(value)]
         if lost:
             results = {**results, "after": {**after, **dict.fromkeys(lost)}}
-            print(f"loku: warning: {', '.join(lost)}: not finite, and null in results.json", file=sys.stderr)
+            warn(f"{', '.join(lost)}: not finite, and null in results.json")
         write_json(self / "results.json", results)
 
 

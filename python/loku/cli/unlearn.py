@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, set_seed
 from loku.cli.benchmarks import Benchmark, BenchmarkOptions
 from loku.cli.checks import check_schedule
 from loku.cli.data import Tokenised, count_shared
-from loku.cli.errors import CommandError, blaming
+from loku.cli.errors import CommandError, blaming, warn
 from loku.cli.importance import check_importance, fila_config, row_weights
 from loku.cli.models import held_whole, load_model, load_tokenizer, lora_config
 from loku.cli.options import (
@@ -154,10 +153,7 @@ def _load(sources: Tokenised, unlearn: UnlearnRun, roles: tuple[Role, ...], seed
 def _warn_of_shared(data: Data) -> None:
     shared = count_shared(data.forget, data.retain or [])
     if shared:
-        print(
-            f"loku: warning: {shared} of the {len(data.forget)} sequences of --forget are also among those of --retain",
-            file=sys.stderr,
-        )
+        warn(f"{shared} of the {len(data.forget)} sequences of --forget are also among those of --retain")
 
 
 def _row_weights(

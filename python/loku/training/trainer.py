@@ -62,7 +62,7 @@ class UnlearningTrainer(Trainer):
         TypeError: args is no UnlearnConfig, a data set has no length, or an option is not served.
         ValueError: a data set that the method needs is missing or empty; a sequence has no label to score, or is longer
             than the model's context; the method needs a reference, and the model is no PeftModel or also trains weights
-            of its base; the method needs FILA, and an active adapter was not started by it; ``packing="always"`` and
+            of its base; the method needs FILA, and no active adapter was started by it; ``packing="always"`` and
             the model does not keep packed sequences apart; a FILA adapter would be sharded by FSDP 1 or ZeRO-3, or
             ZeRO-3 would not save what it trains.
     """
