@@ -35,7 +35,7 @@ static float exponentials(const float* values, int64_t n) {
   sweep_in_any_order(values, n, [&](Vector x, int k) LOKU_LAMBDA {
     sums.sum[k] = sums.sum[k] + two_to_the(reference.distance(x));
   });
-  return sums.total();
+  return sum_of(sums.lanes());
 }
 
 const Probes probes = {read, exponentials};

@@ -27,6 +27,14 @@ LOKU_INLINE Label classify(const Labels& labels, int64_t n, int64_t columns) {
   return label >= 0 && label < columns ? Label::kValid : Label::kInvalid;
 }
 
+// The next row before `last` whose label is valid, or n itself.
+LOKU_INLINE int64_t next_valid(const Labels& labels, int64_t n, int64_t last, int64_t columns) {
+  for (int64_t next = n + 1; next < last; ++next) {
+    if (classify(labels, next, columns) == Label::kValid) return next;
+  }
+  return n;
+}
+
 // What a row without a valid label gets: zeros where it is ignored, NaN otherwise.
 LOKU_INLINE float placeholder(Label label) { return label == Label::kIgnored ? 0.0f : NAN; }
 
@@ -75,10 +83,11 @@ void row_losses(const LossProblem& problem, int64_t first, int64_t last) {
     const int64_t target = problem.labels.data[n];
     const T* logits = problem.logits.row<T>(n);
     if (problem.transform.is_identity()) {
-      write_row(problem, n, to_float(logits + target), row_statistics(logits, columns, target));
+      const T* next = problem.logits.row<T>(next_valid(problem.labels, n, last, columns));
+      write_row(problem, n, to_float(logits + target), row_statistics(logits, columns, target, next));
     } else {
       transform_row(logits, columns, problem.transform, z.get());
-      write_row(problem, n, z[target], row_statistics(z.get(), columns, target));
+      write_row(problem, n, z[target], row_statistics(z.get(), columns, target, z.get()));
     }
   }
 }
@@ -226,7 +235,7 @@ void row_losses_and_gradient(const LossProblem& problem, int64_t first, int64_t 
     } else {
       const int64_t target = problem.labels.data[n];
       transform_row(row, columns, problem.transform, scratch.get());
-      const RunnerUp best = row_statistics(scratch.get(), columns, target);
+      const RunnerUp best = row_statistics(scratch.get(), columns, target, scratch.get());
       const Partials g = write_row(problem, n, scratch[target], best);
       write_gradient(row, scratch.get(), row, columns, {target, best.index, best.value, g.target, g.runner_up, g.rest},
                      problem.transform);

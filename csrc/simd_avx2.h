@@ -53,7 +53,6 @@ LOKU_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fm
 LOKU_INLINE Vector larger(Vector x, Vector y) { return _mm256_max_ps(x, y); }
 LOKU_INLINE Vector smaller(Vector x, Vector y) { return _mm256_min_ps(x, y); }
 LOKU_INLINE Vector bits_of_any(Vector x, Vector y, Vector z) { return _mm256_or_ps(_mm256_or_ps(x, y), z); }
-LOKU_INLINE Vector bits_of_all(Vector x, Vector y, Vector z) { return _mm256_and_ps(_mm256_and_ps(x, y), z); }
 LOKU_INLINE bool all_negative(Vector x) { return _mm256_movemask_ps(x) == 0xff; }
 LOKU_INLINE Vector absolute(Vector x) { return _mm256_andnot_ps(broadcast(-0.0f), x); }
 LOKU_INLINE Vector copy_sign(Vector magnitude, Vector sign) {

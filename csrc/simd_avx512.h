@@ -79,11 +79,6 @@ LOKU_INLINE Vector bits_of_any(Vector x, Vector y, Vector z) {
   return _mm512_castsi512_ps(
       _mm512_ternarylogic_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y), _mm512_castps_si512(z), kOr));
 }
-LOKU_INLINE Vector bits_of_all(Vector x, Vector y, Vector z) {
-  constexpr int kAnd = 0x80;
-  return _mm512_castsi512_ps(
-      _mm512_ternarylogic_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y), _mm512_castps_si512(z), kAnd));
-}
 LOKU_INLINE bool all_negative(Vector x) { return _mm512_movepi32_mask(_mm512_castps_si512(x)) == 0xffff; }
 LOKU_INLINE float sum_of(Vector x) { return _mm512_reduce_add_ps(x); }
 LOKU_INLINE float largest(Vector x) { return _mm512_reduce_max_ps(x); }

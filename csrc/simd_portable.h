@@ -20,7 +20,6 @@ LOKU_INLINE Vector larger(Vector x, Vector y) { return select(y < x, x, y); }
 LOKU_INLINE Vector smaller(Vector x, Vector y) { return select(x < y, x, y); }
 LOKU_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
 LOKU_INLINE Vector bits_of_any(Vector x, Vector y, Vector z) { return (Vector)((Bits)x | (Bits)y | (Bits)z); }
-LOKU_INLINE Vector bits_of_all(Vector x, Vector y, Vector z) { return (Vector)((Bits)x & (Bits)y & (Bits)z); }
 LOKU_INLINE bool all_negative(Vector x) {
   const Mask signs = (Mask)x >> 31;
   return (signs[0] & signs[1] & signs[2] & signs[3]) != 0;

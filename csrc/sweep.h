@@ -22,6 +22,11 @@ LOKU_INLINE void prefetch(const void* here, int64_t bytes) {
 }
 
 template <class T>
+LOKU_INLINE void prefetch_lines(const T* begin, const T* end) {
+  for (; begin < end; begin += 64 / sizeof(T)) __builtin_prefetch(begin);
+}
+
+template <class T>
 LOKU_INLINE void load_two(const T* p, Vector& a, Vector& b) {
   a = load(p);
   b = load(p + kWidth);
@@ -33,27 +38,19 @@ LOKU_INLINE void load_in_any_order(const T* p, Vector& a, Vector& b) {
   load_two(p, a, b);
 }
 
-// Calls step(position, vector, vector, accumulator number of the first) over p[0, n), n a multiple of kUnroll * kWidth.
 template <class T, class Load, class Step>
-LOKU_INLINE void sweep_pairs_by(Load load_pair, const T* p, int64_t n, Step step) {
-  for (int64_t i = 0; i < n; i += kUnroll * kWidth) {
+LOKU_INLINE void sweep_by(Load load_pair, const T* p, int64_t n, Step step) {
+  int64_t i = 0;
+  for (; i + kUnroll * kWidth <= n; i += kUnroll * kWidth) {
     prefetch(p + i, kUnroll * kWidth * sizeof(T));
 #pragma GCC unroll 2
     for (int k = 0; k < kUnroll; k += 2) {
       Vector x, y;
       load_pair(p + i + k * kWidth, x, y);
-      step(i + k * kWidth, x, y, k);
+      step(i + k * kWidth, x, kWidth, k);
+      step(i + (k + 1) * kWidth, y, kWidth, k + 1);
     }
   }
-}
-
-template <class T, class Load, class Step>
-LOKU_INLINE void sweep_by(Load load_pair, const T* p, int64_t n, Step step) {
-  int64_t i = n - n % (kUnroll * kWidth);
-  sweep_pairs_by(load_pair, p, i, [&](int64_t here, Vector x, Vector y, int k) LOKU_LAMBDA {
-    step(here, x, kWidth, k);
-    step(here + kWidth, y, kWidth, k + 1);
-  });
   for (; i + kWidth <= n; i += kWidth) step(i, load(p + i), kWidth, 0);
   if (i < n) step(i, load_first(p + i, n - i, -INFINITY), static_cast<int>(n - i), 0);
 }
@@ -71,11 +68,25 @@ LOKU_INLINE void sweep_in_any_order(const T* p, int64_t n, Step step) {
            [&](int64_t, Vector x, int, int k) LOKU_LAMBDA { step(x, k); });
 }
 
-// The same, two vectors at a time: step(vector, vector, accumulator number of the first). n as in sweep_pairs_by.
+// The same over kRuns runs of n elements at once, `stride` apart, n a multiple of kGrain. Asks for the lines `ahead`
+// elements on. Memory serves several runs sooner than one, as the processor's own prefetching stops at every page, and
+// starts again in each run at another time: a loss out of memory takes 0.85 of the time of one run. 2 to 8 are much alike.
+constexpr int kRuns = 4, kGrain = 2 * kWidth;
 template <class T, class Step>
-LOKU_INLINE void sweep_pairs_in_any_order(const T* p, int64_t n, Step step) {
-  sweep_pairs_by([](const T* here, Vector& a, Vector& b) LOKU_LAMBDA { load_in_any_order(here, a, b); }, p, n,
-                 [&](int64_t, Vector x, Vector y, int k) LOKU_LAMBDA { step(x, y, k); });
+LOKU_INLINE void sweep_runs_in_any_order(const T* p, int64_t n, int64_t stride, int64_t ahead, Step step) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; i += kGrain) {
+#pragma GCC unroll 4
+    for (int run = 0; run < kRuns; ++run) {
+      const T* here = p + run * stride + i;
+#pragma GCC unroll 4
+      for (int64_t next = 0; next < kGrain; next += kLine) __builtin_prefetch(here + ahead + next);
+      Vector x, y;
+      load_in_any_order(here, x, y);
+      step(x, 2 * run % kUnroll);
+      step(y, 2 * run % kUnroll + 1);
+    }
+  }
 }
 
 template <class T>

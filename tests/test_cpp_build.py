@@ -155,6 +155,24 @@ def test_order_of_the_logits_does_not_matter(kernels, order):
 
 
 @built
+@pytest.mark.parametrize("columns", [129, 2048, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runner_ups_and_targets_anywhere(kernels, dtype, columns):
+    """A row is read in several places at once: in any, the target is left out and the lowest of equals is found."""
+    rows = 400
+    logits, _, ones = _problem(rows, columns, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    pairs = torch.rand(rows, columns, generator=generator).topk(3).indices
+    labels = pairs[:, 2].contiguous()
+    logits.clamp_(max=8)[0].scatter_(1, pairs, torch.tensor([9.0, 9.0, 11.0]).expand(rows, 3))
+    logits = logits.to(dtype)
+    truth, index = reference.row_losses(logits.double(), labels, ones.double(), ones.double(), **PLAIN)
+    found_rows, found = kernels.row_losses(logits, labels, ones, ones, **PLAIN)
+    assert torch.equal(found, index) and torch.equal(found, pairs[:, :2].amin(1))
+    torch.testing.assert_close(found_rows[:4].double(), truth[:4], rtol=1e-6, atol=0)
+
+
+@built
 def test_probes_read_every_byte_and_sum_exponentials():
     for number, name in enumerate(cpp.instruction_sets()):
         data = torch.zeros(1 << 19, dtype=torch.int32)
