@@ -37,12 +37,11 @@ struct Columns {
 
 template <class T>
 float maximum(const T* z, const Columns& columns) {
-  float top = -INFINITY;
+  Tops tops;
   columns.each([&](int64_t begin, int64_t end) LOKU_LAMBDA {
-    const float here = maximum(z + begin, end - begin);
-    top = here > top ? here : top;
+    sweep_in_any_order(z + begin, end - begin, [&](Vector x, int k) LOKU_LAMBDA { tops.take(x, k); });
   });
-  return top;
+  return largest(tops.lanes());
 }
 
 // The first of the columns that holds `value`, which one does.
@@ -76,11 +75,10 @@ struct LaneSums {
 // Over columns in one run, or in kRuns of a multiple of kGrain columns. `ahead` as in sweep_runs_in_any_order.
 template <class T, class Exponential>
 LOKU_INLINE LaneSums sum_lanes(const T* z, const Columns& columns, int64_t ahead, Exponential exponential) {
-  Vector top[kUnroll];
-  for (Vector& t : top) t = broadcast(-INFINITY);
+  Tops tops;
   Sums sums;
   const auto take = [&](Vector x, int k) LOKU_LAMBDA {
-    top[k] = larger(x, top[k]);
+    tops.take(x, k);
     sums.sum[k] = sums.sum[k] + exponential(x);
   };
   Columns apart = columns;  // not in runs side by side: the grain around the target
@@ -93,7 +91,7 @@ LOKU_INLINE LaneSums sum_lanes(const T* z, const Columns& columns, int64_t ahead
     apart.size = least(kGrain, columns.size - grain);
   }
   apart.each([&](int64_t begin, int64_t end) LOKU_LAMBDA { sweep_in_any_order(z + begin, end - begin, take); });
-  return {larger(larger(top[0], top[1]), larger(top[2], top[3])), sums.lanes()};
+  return {tops.lanes(), sums.lanes()};
 }
 
 // A row without its target, in blocks whose sums stay apart until the runner-up is known: to leave that out exactly,
@@ -103,11 +101,15 @@ class BlockwiseRow {
  public:
   // Sums a row of z. `next` is the row that will be wanted next.
   BlockwiseRow(const T* z, int64_t columns, int64_t target, const T* next)
-      : z_(z), next_(next), columns_(columns), target_(target), stride_(columns / (kRuns * kGrain) * kGrain) {
+      : z_(z),
+        next_(next),
+        columns_(columns),
+        target_(target),
+        stride_(columns < kRuns * kSize ? 0 : columns / (kRuns * kGrain) * kGrain) {
     size_ = pieces_of(stride_, (kMostBlocks - 1) * kGrain) * kGrain;
     if (size_ < kSize) size_ = kSize;
     blocks_ = pieces_of(stride_, size_) + 1;
-    float seen = maximum(z, {0, least(stride_, 2 * kGrain), stride_, kRuns, target});
+    float seen = maximum(z, {0, least(columns, kRuns * kGrain), 0, 1, target});
     reference_ = Reference(finite_reference(seen));
     for (int64_t b = 0; b < blocks_; ++b) {
       if (seen == -INFINITY) {

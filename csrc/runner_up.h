@@ -9,12 +9,22 @@ namespace loku::LOKU_ISA {
 
 constexpr int64_t kBlock = 1024;  // columns
 
+// The largest of many, in parts that do not wait for each other.
+struct Tops {
+  Vector top[kUnroll];
+
+  LOKU_INLINE Tops() {
+    for (Vector& t : top) t = broadcast(-INFINITY);
+  }
+  LOKU_INLINE void take(Vector x, int k) { top[k] = larger(x, top[k]); }
+  LOKU_INLINE Vector lanes() const { return larger(larger(top[0], top[1]), larger(top[2], top[3])); }
+};
+
 template <class T>
 float maximum(const T* z, int64_t n) {
-  Vector best[kUnroll];
-  for (Vector& b : best) b = broadcast(-INFINITY);
-  sweep_in_any_order(z, n, [&](Vector x, int k) LOKU_LAMBDA { best[k] = larger(x, best[k]); });
-  return largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
+  Tops tops;
+  sweep_in_any_order(z, n, [&](Vector x, int k) LOKU_LAMBDA { tops.take(x, k); });
+  return largest(tops.lanes());
 }
 
 // The first column that holds `value`.

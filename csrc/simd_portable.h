@@ -16,8 +16,8 @@ LOKU_INLINE Vector broadcast(float x) { return Vector{x, x, x, x}; }
 LOKU_INLINE Vector select(Mask mask, Vector yes, Vector no) { return (Vector)(((Mask)yes & mask) | ((Mask)no & ~mask)); }
 LOKU_INLINE Mask less(Vector x, Vector y) { return x < y; }
 LOKU_INLINE Mask equal(Vector x, Vector y) { return x == y; }
-LOKU_INLINE Vector larger(Vector x, Vector y) { return select(y < x, x, y); }
-LOKU_INLINE Vector smaller(Vector x, Vector y) { return select(x < y, x, y); }
+LOKU_INLINE Vector larger(Vector x, Vector y) { return y < x ? x : y; }
+LOKU_INLINE Vector smaller(Vector x, Vector y) { return x < y ? x : y; }
 LOKU_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
 LOKU_INLINE Vector bits_of_any(Vector x, Vector y, Vector z) { return (Vector)((Bits)x | (Bits)y | (Bits)z); }
 LOKU_INLINE bool all_negative(Vector x) {
