@@ -70,7 +70,8 @@ LOKU_INLINE void sweep_in_any_order(const T* p, int64_t n, Step step) {
 
 // The same over kRuns runs of n elements at once, `stride` apart, n a multiple of kGrain. Asks for the lines `ahead`
 // elements on. Memory serves several runs sooner than one, as the processor's own prefetching stops at every page, and
-// starts again in each run at another time: a loss out of memory takes 0.85 of the time of one run. 2 to 8 are much alike.
+// starts again in each run at another time: out of memory a loss takes 0.85 of the time that it takes by one run. 2 to 8
+// are much alike.
 constexpr int kRuns = 4, kGrain = 2 * kWidth;
 template <class T, class Step>
 LOKU_INLINE void sweep_runs_in_any_order(const T* p, int64_t n, int64_t stride, int64_t ahead, Step step) {
