@@ -173,7 +173,7 @@ class BlockwiseRow {
   LaneSums sum(int64_t b) const {
     const bool ends_runs = b == blocks_ - 2;
     const int64_t ahead = ends_runs ? next_ - z_ - stride_ + size_ : size_;
-    if (ends_runs) prefetch_lines(z_ + kRuns * stride_, z_ + columns_);
+    if (ends_runs) prefetch_lines(z_ + kRuns * stride_, columns_ - kRuns * stride_);
     if (!reference_.is_usable) {
       const Vector top = broadcast(reference_.value);
       return sum_lanes(z_, block(b), ahead, [&](Vector x) LOKU_LAMBDA { return exponential_of_minus(top - x); });

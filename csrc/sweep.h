@@ -8,12 +8,13 @@
 namespace loku::LOKU_ISA {
 
 constexpr int kUnroll = 4;
+constexpr int64_t kLine = 64;  // bytes that memory brings at a time
 
 // Asks for the lines of `bytes` bytes, far ahead into the L2 cache and near into L1. The processor's own prefetching
 // stops at every page; this runs on, into the next row. L1 has few lines on their way at a time, too few for memory's
 // latency: with L1 alone a loss took 1.2 times as long. Of 0.5 to 4 KiB and 8 to 32 KiB, these measured best.
 LOKU_INLINE void prefetch(const void* here, int64_t bytes) {
-  constexpr int64_t kNear = 2048, kFar = 8192, kLine = 64;
+  constexpr int64_t kNear = 2048, kFar = 8192;
 #pragma GCC unroll 4
   for (int64_t i = 0; i < bytes; i += kLine) {
     __builtin_prefetch(static_cast<const char*>(here) + i + kFar, 0, 2);
@@ -21,9 +22,11 @@ LOKU_INLINE void prefetch(const void* here, int64_t bytes) {
   }
 }
 
+// Asks for the lines of p[0, n), into L1.
 template <class T>
-LOKU_INLINE void prefetch_lines(const T* begin, const T* end) {
-  for (; begin < end; begin += 64 / sizeof(T)) __builtin_prefetch(begin);
+LOKU_INLINE void prefetch_lines(const T* p, int64_t n) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < n; i += kLine / sizeof(T)) __builtin_prefetch(p + i);
 }
 
 template <class T>
@@ -75,13 +78,11 @@ LOKU_INLINE void sweep_in_any_order(const T* p, int64_t n, Step step) {
 constexpr int kRuns = 4, kGrain = 2 * kWidth;
 template <class T, class Step>
 LOKU_INLINE void sweep_runs_in_any_order(const T* p, int64_t n, int64_t stride, int64_t ahead, Step step) {
-  constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < n; i += kGrain) {
 #pragma GCC unroll 4
     for (int run = 0; run < kRuns; ++run) {
       const T* here = p + run * stride + i;
-#pragma GCC unroll 4
-      for (int64_t next = 0; next < kGrain; next += kLine) __builtin_prefetch(here + ahead + next);
+      prefetch_lines(here + ahead, kGrain);
       Vector x, y;
       load_in_any_order(here, x, y);
       step(x, 2 * run % kUnroll);
