@@ -214,3 +214,27 @@ def test_the_runner_up_in_every_column(backend, device, dtype, shift):
         loss, statistics = lk.fused_ihl(logits, labels, reduction="none", return_statistics=True)
         assert torch.equal(statistics.runner_up_index, torch.arange(rows, device=device))
         torch.testing.assert_close(loss.double(), eager_ihl(logits.double(), labels), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**12, 2.0**27, 2.0**28, 2.0**35, 2.0**126])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_of_huge_logits(backend, device, dtype, magnitude):
+    """Beside logits whose product with log2 e rounds to more than 1, or overflows, equal ones still count as equal."""
+    if magnitude > torch.finfo(dtype).max:
+        pytest.skip(f"{dtype} does not reach {magnitude:g}")
+    column = torch.arange(3000, device=device)
+    high, low = (column % 7 == 3).to(dtype) * magnitude, torch.full((3000,), -magnitude, dtype=dtype, device=device)
+    logits = torch.stack([high, -high, low, torch.where(column < 2000, low, high), torch.where(column < 9, -low, high)])
+    labels = torch.tensor([3, 4, 5, 2995, 2000], device=device)
+    ones = torch.ones(len(logits), device=device)
+    ours = loss_and_gradient(lambda z: lk.fused_unlearning_loss(z, labels, 1.0, 1.0, reduction="none"), logits, ones)
+    truth = loss_and_gradient(lambda z: eager_ihl(z, labels) + eager_cross_entropy(z, labels), logits.double(), ones)
+    torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-6, atol=0)
+    statistics = lk.target_statistics(logits, labels)
+    without_two = logits.double().clone()
+    rows = torch.arange(len(logits), device=device)
+    without_two[rows, labels] = without_two[rows, statistics.runner_up_index] = -INF
+    torch.testing.assert_close(statistics.rest.double(), without_two.logsumexp(1), rtol=1e-6, atol=1e-6)
+    tied = (column % 7 == 3) & (column > 10)  # neither the target nor the runner-up
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours[1][0, tied].double(), truth[1][0, tied], rtol=2 * eps, atol=1e-12)

@@ -3,9 +3,9 @@
     python tools/compile_kernels.py [--kernel NAME] [--arch 90]
 
 Prints registers, shared memory, spills, the widths of the global loads and stores inside loops, and what multiplies
-matrices there. Fails on a spill, on a load or store narrower than 128 bits in a loop that is meant to be wide, or where
-the tensor cores are meant to be used and are not. A module of
-``loku_kernels.backends.triton`` takes part by having ``compile_configurations()``.
+matrices there. Fails on a spill, on a load or store narrower than 128 bits in a loop that is meant to be wide, where as
+many programs as are meant to share a multiprocessor do not fit its registers, or where the tensor cores are meant to be
+used and are not. A module of ``loku_kernels.backends.triton`` takes part by having ``compile_configurations()``.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from triton.compiler import ASTSource
 
 from loku_kernels.backends import triton as kernels
 from loku_kernels.backends.triton.configurations import Configuration
-from loku_kernels.backends.triton.launch import INTERPRETED
+from loku_kernels.backends.triton.launch import INTERPRETED, WARP
 
 ARCHITECTURES = (80, 90, 100)
+REGISTERS = 1 << 16  # of a multiprocessor
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(.*?);")
@@ -139,6 +140,9 @@ def faults(configuration: Configuration, report: Report) -> list[str]:
         found.append("no global access found in a loop")
     if configuration.wide and (widths.wide_loads, widths.wide_stores) != (widths.loads, widths.stores):
         found.append("an access narrower than 128 bits in a loop")
+    needed = report.registers * WARP * configuration.launch["num_warps"] * configuration.programs
+    if needed > REGISTERS:
+        found.append(f"{configuration.programs} programs of {report.registers} registers a thread do not fit")
     if configuration.tensor_cores and not report.products:
         found.append("no matrix product on the tensor cores in a loop")
     return found

@@ -22,3 +22,4 @@ class Configuration(NamedTuple):
     launch: dict[str, Any]  # compile-time constants and the compiler's options
     wide: bool = True  # whether its loops are to load and store 128 bits at a time
     tensor_cores: bool = False  # whether its loops are to multiply matrices on the tensor cores
+    programs: int = 1  # at least so many are to fit a multiprocessor's registers

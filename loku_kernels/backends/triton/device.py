@@ -17,23 +17,38 @@ from triton.language.extra import libdevice
 from loku_kernels.backends.triton import launch
 
 INTERPRETED = tl.constexpr(launch.INTERPRETED)
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950216293335)  # in float32
+HUGE = tl.constexpr(2.0**28)
 LINE = tl.constexpr(4)  # granules
 TWO_BFLOAT16_INFINITIES = tl.constexpr(-0x7F0080)  # both negative
 NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def exp(x):
-    """e^x for the sweeps; results below 2^-126 are 0.
+def exp2(x):
+    """2^x; results below 2^-126 are 0.
 
-    The device library's exp2 becomes one instruction where tl.exp2 becomes four, three of them only to save those
-    results. A sweep of half-precision logits is limited by instructions. The interpreter knows no device library.
+    The device library's becomes one instruction where tl.exp2 becomes four, three of them only to save those results. A
+    sweep of half-precision logits is limited by instructions. The interpreter knows no device library.
     """
     if INTERPRETED:
-        return tl.exp2(x * LOG2_E)
+        return tl.exp2(x)
     else:
-        return libdevice.exp2(x * LOG2_E)
+        return libdevice.exp2(x)
+
+
+@triton.jit
+def exp(x):
+    return exp2(x * LOG2_E)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a * b + c, rounded once; the interpreter would round twice."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
 
 
 @triton.jit
@@ -127,22 +142,24 @@ def tanh(x):
 
 
 # The sweep. A lane takes one granule of a tile at a time, and keeps the largest logit m it has met, the position best
-# at which the granule with it starts, and R = sum of exp(z - m) over all it met. Comparing whole granules costs a
-# fraction of an instruction a logit, and a sweep of half-precision logits is limited by instructions.
+# at which the granule with it starts, and R = sum of 2^(z log2 e - k) over all it met, k being m log2 e as rounded.
+# Comparing whole granules costs a fraction of an instruction a logit, and a multiplication and a subtraction in one are
+# one instruction less: a sweep of half-precision logits is limited by instructions. That k is rounded does no harm, as
+# the rounded k is what R refers to, until the rounding is itself an exponent of some size, from HUGE on.
 #
 # The runner-up's own 1 must not stay in R, where it would leave no digits of what is small beside it. Only one lane has
 # met it: at the end, that lane's logits are summed anew without it.
 
 
 @triton.jit
-def absorb(z, position, m, R, best):
+def absorb(z, position, m, k, R, best):
     """One more granule for each lane, in ascending order of positions, so that the lowest of equal logits is kept."""
     top = tl.max(z, axis=1)
     larger = top > m
-    highest = tl.where(larger, top, m)
-    reference = finite(highest)
-    R = R * exp(m - reference) + tl.sum(exp(z - reference[:, None]), axis=1)
-    return highest, R, tl.where(larger, position, best)
+    m = tl.where(larger, top, m)
+    higher = tl.maximum(m, -HUGE) * LOG2_E  # not of -inf, which less -inf would be NaN
+    R = R * exp2(k - higher) + tl.sum(exp2(fma(z, LOG2_E, -higher[:, None])), axis=1)
+    return m, higher, R, tl.where(larger, position, best)
 
 
 @triton.jit
@@ -182,18 +199,30 @@ def transformed_granules(tile, position, body, hole, scale, softcap, TRANSFORM: 
 
 
 @triton.jit
-def without_runner_up(
-    body_ptr, granule, runner_up, body, hole, scale, softcap,
+def sweep_tile(
+    tiles, position, m, k, R, best, body_ptr, body, hole, scale, softcap,
+    GRANULE: tl.constexpr, AHEAD: tl.constexpr, TRANSFORM: tl.constexpr,
+):  # fmt: skip
+    """Take in the first of ``tiles``, whose granules start at ``position``, and send for that AHEAD columns on."""
+    z = transformed_granules(tiles[0], position[:, None], body, hole, scale, softcap, TRANSFORM)
+    m, k, R, best = absorb(z, position, m, k, R, best)
+    following = load_granules(body_ptr, (position + AHEAD)[:, None], body, hole, GRANULE)
+    return tiles[1:] + (following,), m, k, R, best  # noqa: RUF005 (Triton does not unpack)
+
+
+@triton.jit
+def summed_anew(
+    body_ptr, first, spacing, runner_up, body, hole, scale, softcap,
     GRANULE: tl.constexpr, LANES: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    """(where in ``granule`` the runner-up is, its lane's R without it)."""
-    TILE: tl.constexpr = LANES * GRANULE
+    """Of every ``spacing``-th granule of the body from ``first`` on: where the runner-up is first met, R of the logits
+    below it, and how many equal it."""
     reference = finite(runner_up)
-    total = tl.zeros([LANES], tl.float32)  # over those below the runner-up
+    total = tl.zeros([LANES], tl.float32)
     equal = tl.zeros([LANES], tl.int32)
     index = tl.full([LANES], NO_COLUMN, tl.int32)
-    for start in range(granule % TILE // GRANULE * GRANULE, body, TILE * LANES):
-        position = (start + tl.arange(0, LANES) * TILE)[:, None]
+    for start in range(first, body // GRANULE, spacing * LANES):
+        position = ((start + tl.arange(0, LANES) * spacing) * GRANULE)[:, None]
         tile = load_granules(body_ptr, position, body, hole, GRANULE)
         z = transformed_granules(tile, position, body, hole, scale, softcap, TRANSFORM)
         ties = z == runner_up
@@ -201,7 +230,7 @@ def without_runner_up(
         equal += tl.sum(ties.to(tl.int32), axis=1)
         place = position + tl.arange(0, GRANULE)[None, :]
         index = tl.minimum(index, tl.min(tl.where(ties, place, NO_COLUMN), axis=1))
-    return tl.min(index), tl.sum(total) + (tl.sum(equal) - 1)
+    return tl.min(index), tl.sum(total), tl.sum(equal)
 
 
 @triton.jit
@@ -223,15 +252,20 @@ def row_statistics(
     z_target = transformed(tl.load(row_ptr + target), scale, softcap, TRANSFORM)
 
     m = tl.full([LANES], float("-inf"), tl.float32)
+    k = tl.full([LANES], -HUGE * LOG2_E, tl.float32)
     R = tl.zeros([LANES], tl.float32)
     best = lane
-    for start in range(0, body, AHEAD * TILE):
+    unrolled = body // (AHEAD * TILE) * (AHEAD * TILE)
+    for start in range(0, unrolled, AHEAD * TILE):
         for step in tl.static_range(AHEAD):
-            position = start + step * TILE + lane
-            z = transformed_granules(tiles[0], position[:, None], body, hole, scale, softcap, TRANSFORM)
-            m, R, best = absorb(z, position, m, R, best)
-            following = load_granules(body_ptr, (position + AHEAD * TILE)[:, None], body, hole, GRANULE)
-            tiles = tiles[1:] + (following,)  # noqa: RUF005 (Triton does not unpack)
+            tiles, m, k, R, best = sweep_tile(
+                tiles, start + step * TILE + lane, m, k, R, best, body_ptr, body, hole, scale, softcap,
+                GRANULE, AHEAD * TILE, TRANSFORM,
+            )  # fmt: skip
+    for start in range(unrolled, body, TILE):  # or the last round would take in tiles that are not there
+        tiles, m, k, R, best = sweep_tile(
+            tiles, start + lane, m, k, R, best, body_ptr, body, hole, scale, softcap, GRANULE, AHEAD * TILE, TRANSFORM
+        )
 
     column, inside = end_columns(head, body, hole, V, GRANULE, LANES)
     inside &= column != target
@@ -243,15 +277,20 @@ def row_statistics(
     index = tl.where(m == runner_up, best, NO_COLUMN)
     index = tl.min(tl.minimum(index, tl.where(z == runner_up, column, NO_COLUMN)))
 
-    rest = tl.where((m == runner_up) & (best == index), 0.0, R * exp(m - reference))
+    huge = tl.abs(reference) >= HUGE
+    rest = tl.where((m == runner_up) & (best == index), 0.0, R * exp2(fma(-reference, LOG2_E, k)))
+    rest = tl.where(huge, 0.0, rest)
     rest = tl.sum(rest + tl.where(column == index, 0.0, exp(z - reference)))
     granule = tl.maximum(index - head, 0) // GRANULE * GRANULE
-    if (index >= head) & is_swept(granule, body, hole):
-        position, alone = without_runner_up(
-            body_ptr, granule, runner_up, body, hole, scale, softcap, GRANULE, LANES, TRANSFORM
+    runner_up_in_body = (index >= head) & is_swept(granule, body, hole)
+    if huge | runner_up_in_body:
+        first = tl.where(huge, 0, granule // GRANULE % LANES)
+        spacing = tl.where(huge, 1, LANES)
+        position, below, equal = summed_anew(
+            body_ptr, first, spacing, runner_up, body, hole, scale, softcap, GRANULE, LANES, TRANSFORM
         )
-        index = head + position
-        rest += alone
+        index = tl.where(runner_up_in_body, head + position, index)
+        rest += below + (equal - runner_up_in_body.to(tl.int32))
     nothing_met = (runner_up == float("-inf")) | (index == NO_COLUMN)
     return z_target, rest, runner_up, tl.where(nothing_met, (target == 0).to(tl.int32), index)
 
@@ -262,15 +301,27 @@ def row_statistics(
 
 @triton.jit
 def write_rest(
-    ptr, out_ptr, position, inside, reference, g_rest, scale, softcap,
-    TRANSFORM: tl.constexpr, EVICTION: tl.constexpr,
+    ptr, out_ptr, position, inside, power, scale, softcap, TRANSFORM: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """The gradient at ``position`` of ``ptr``, as that of a logit that is neither the target nor the runner-up."""
+    rate, k, g_rest = power
     x = tl.load(ptr + position, mask=inside, other=0.0, eviction_policy=EVICTION)
-    g = g_rest * exp(transformed(x, scale, softcap, TRANSFORM) - reference)
+    g = g_rest * exp2(fma(transformed(x, scale, softcap, TRANSFORM), rate, -k))
     if TRANSFORM != "none":
         g = g * slope(x, scale, softcap, TRANSFORM)
     tl.store(out_ptr + position, g.to(out_ptr.dtype.element_ty), mask=inside, eviction_policy=EVICTION)
+
+
+@triton.jit
+def power_of(g_rest, reference):
+    """(rate, k, factor) so that factor 2^(rate z - k) is g_rest e^(z - reference), k rounded as in the sweep.
+
+    From HUGE on neighbouring numbers are at least 32 apart, and what is not equal to the reference vanishes with any
+    base: 2 takes no rounding.
+    """
+    rate = tl.where(tl.abs(reference) >= HUGE, 1.0, LOG2_E)
+    k = rate * reference
+    return rate, k, g_rest * exp2(fma(-reference, rate, k))
 
 
 @triton.jit
@@ -288,7 +339,7 @@ def write_gradient(
 ):  # fmt: skip
     """The gradient of the body's columns from ``begin`` up to ``end``, and of the row's ends if ``begin`` is 0."""
     target, index, runner_up, g_target, g_runner_up, g_rest = coefficients
-    reference = finite(runner_up)
+    power = power_of(g_rest, finite(runner_up))
     if TRANSFORM != "none":
         g_target *= slope(tl.load(row_ptr + target), scale, softcap, TRANSFORM)
         g_runner_up *= slope(tl.load(row_ptr + index), scale, softcap, TRANSFORM)
@@ -296,7 +347,7 @@ def write_gradient(
     head, body = cut(row_ptr, V, GRANULE)
     if begin == 0:
         column, inside = end_columns(head, body, body, V, GRANULE, 2 * LINE * GRANULE)
-        write_rest(row_ptr, out_ptr, column, inside, reference, g_rest, scale, softcap, TRANSFORM, EVICTION)
+        write_rest(row_ptr, out_ptr, column, inside, power, scale, softcap, TRANSFORM, EVICTION)
     body_ptr = advance(row_ptr, head, GRANULE)
     body_out_ptr = advance(out_ptr, head, GRANULE)
     end = tl.minimum(end, body)
@@ -304,7 +355,7 @@ def write_gradient(
     for start in range(begin, end, TILE):  # backwards, as what was read last is still in the cache
         position = last - (start - begin) + tl.arange(0, TILE)
         swept = position < body
-        write_rest(body_ptr, body_out_ptr, position, swept, reference, g_rest, scale, softcap, TRANSFORM, EVICTION)
+        write_rest(body_ptr, body_out_ptr, position, swept, power, scale, softcap, TRANSFORM, EVICTION)
     tl.debug_barrier()
     dtype = out_ptr.dtype.element_ty
     tl.store(out_ptr + index, g_runner_up.to(dtype), mask=is_part(index, head, body, begin, end))

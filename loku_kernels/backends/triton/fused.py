@@ -60,8 +60,9 @@ def row_losses_and_gradient_(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.row_losses_and_gradient_``."""
-    chosen = launch.fused_launch(logits.shape[-1], logits.element_size(), launch.transform_name(scale, softcap))
-    programs = launch.fused_programs(len(labels), chosen, logits.device)
+    row = logits.shape[-1], logits.element_size()
+    chosen = launch.fused_launch(*row, launch.transform_name(scale, softcap))
+    programs = launch.fused_programs(len(labels), launch.fused_rows(*row), logits.device)
     return run_sweep(
         row_losses_and_gradient_kernel,
         programs,
@@ -78,4 +79,4 @@ def row_losses_and_gradient_(
 
 def compile_configurations() -> Iterator[Configuration]:
     """Every specialisation that the launch rules can choose."""
-    yield from sweep_configurations(row_losses_and_gradient_kernel, launch.fused_launch)
+    yield from sweep_configurations(row_losses_and_gradient_kernel, launch.fused_launch, launch.fused_rows)

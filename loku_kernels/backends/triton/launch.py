@@ -15,7 +15,7 @@ import triton
 INTERPRETED: bool = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What is done to the logits, and by how much it lowers the number of loads ahead, as it takes registers too.
-TRANSFORMS = {"none": 1, "scale": 2, "softcap": 4}
+TRANSFORMS = {"none": 1, "scale": 2, "softcap": 6}
 
 LOAD_BYTES = 16
 LOADS_AHEAD = 4
@@ -28,11 +28,12 @@ SWEEP_WARPS = 4
 SWEEP_AHEAD = 8  # loads
 FEWEST_LANES = 64  # each takes a column of a row's ends, of which there can be six granules
 
-# The fused kernel has to find a row in the L2 cache again after its sweep, but also to hide one row's latencies behind
-# others: a multiprocessor has 32 warps at work, on fewer rows the longer they are. (Warps, bytes of the longest row.)
-FUSED_WARPS = ((8, 80 << 10), (16, 384 << 10), (32, 2**63))
-FUSED_AHEAD = 4
-WARPS_AT_WORK = 32
+# The fused kernel has to find a row again after its sweep: in the L1 cache, which holds two rows of 100 KB, or in the
+# L2 cache; but also to hide one row's latencies behind others. What it does once a row, every warp does: a third of all
+# instructions with 16 warps for 50257 logits in bfloat16. (Bytes of the longest row, warps, loads ahead, rows at a time
+# on a multiprocessor.)
+FUSED_SHAPES = ((80 << 10, 8, 3, 4), (112 << 10, 8, 6, 2), (384 << 10, 16, 3, 2), (2**63, 32, 4, 1))
+SOFTCAP_WARPS = 8  # at most, as more leave it too few registers
 
 # Columns of a row that one program of the gradient kernel writes: few, so that the programs that run at one time are
 # close together in memory. (Warps and loads ahead, by the bytes of a logit.)
@@ -52,16 +53,22 @@ def sweep_launch(vocabulary: int, item_bytes: int, transform: str, interpreted: 
 
 def fused_launch(vocabulary: int, item_bytes: int, transform: str, interpreted: bool = INTERPRETED) -> dict[str, Any]:
     """Constants and options of the kernel that sweeps a row and then writes over it."""
-    warps = next(warps for warps, longest in FUSED_WARPS if vocabulary * item_bytes <= longest)
-    return _sweep(vocabulary, item_bytes, transform, warps, FUSED_AHEAD, interpreted)
+    _, warps, ahead, _ = _fused_shape(vocabulary * item_bytes)
+    if transform == "softcap":
+        warps = min(warps, SOFTCAP_WARPS)
+    return _sweep(vocabulary, item_bytes, transform, warps, ahead, interpreted)
 
 
-def fused_programs(rows: int, chosen: dict[str, Any], device: torch.device) -> int:
-    """How many rows the fused kernel has in hand at a time."""
+def fused_rows(vocabulary: int, item_bytes: int) -> int:
+    """How many rows the fused kernel has in hand at a time on one multiprocessor."""
+    return _fused_shape(vocabulary * item_bytes)[-1]
+
+
+def fused_programs(rows: int, at_a_time: int, device: torch.device) -> int:
+    """How many programs there are for so many rows, with ``at_a_time`` on a multiprocessor."""
     if device.type != "cuda":
         return rows
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(rows, WARPS_AT_WORK // chosen["num_warps"] * multiprocessors)
+    return min(rows, at_a_time * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def gradient_launch(
@@ -100,6 +107,10 @@ def same_alignment(logits: torch.Tensor, out: torch.Tensor) -> bool:
     return all(bytes_apart % LOAD_BYTES == 0 for bytes_apart in apart)
 
 
+def _fused_shape(row_bytes: int) -> tuple[int, int, int, int]:
+    return next(shape for shape in FUSED_SHAPES if row_bytes <= shape[0])
+
+
 def _sweep(
     vocabulary: int, item_bytes: int, transform: str, warps: int, ahead: int, interpreted: bool
 ) -> dict[str, Any]:
@@ -107,7 +118,7 @@ def _sweep(
     if interpreted:
         lanes = max(FEWEST_LANES, _interpreted_tile(vocabulary) // constants["GRANULE"])
         return constants | {"LANES": lanes, "AHEAD": 1}
-    ahead //= TRANSFORMS[transform]
+    ahead = -(-ahead // TRANSFORMS[transform])
     return constants | {"LANES": warps * WARP, "AHEAD": ahead, "num_warps": warps} | OPTIONS
 
 

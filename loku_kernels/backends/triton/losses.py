@@ -61,9 +61,9 @@ def row_losses_kernel(
         store_row(rows_ptr, index_ptr, row, N, fill, fill, fill, fill, fill, fill, fill, -1)
     else:
         row_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t)
+        z_t, rest, z_m, index = row_statistics(row_ptr, target, V, scale, softcap, GRANULE, LANES, AHEAD, TRANSFORM)
         ihl_weight = tl.load(ihl_weight_ptr + row * ihl_stride)
         ce_weight = tl.load(ce_weight_ptr + row * ce_stride)
-        z_t, rest, z_m, index = row_statistics(row_ptr, target, V, scale, softcap, GRANULE, LANES, AHEAD, TRANSFORM)
         loss, g_t, g_m, g_rest = combine(z_t, z_m, rest, ihl_weight, ce_weight)
         store_row(rows_ptr, index_ptr, row, N, loss, z_t, rest, z_m, g_t, g_m, g_rest, index)
 
@@ -110,16 +110,25 @@ def run_sweep(
     return rows, index
 
 
-def sweep_configurations(kernel: triton.JITFunction, rule: Callable[..., dict[str, Any]]) -> Iterator[Configuration]:
-    """All that ``run_sweep`` can ask of ``kernel`` by a launch rule."""
+def sweep_configurations(
+    kernel: triton.JITFunction, rule: Callable[..., dict[str, Any]], programs: Callable[[int, int], int] | None = None
+) -> Iterator[Configuration]:
+    """All that ``run_sweep`` can ask of ``kernel`` by a launch rule.
+
+    ``programs``, of vocabulary and item size, is how many a multiprocessor has to have room for.
+    """
     for dtype in launch.DTYPES:
         types = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(INTEGERS, "i64") | {"V": "i32"}
         types |= {"logits_ptr": f"*{TRITON_TYPES[dtype]}", "labels_ptr": "*i64", "index_ptr": "*i64"}
         types |= {"scale": "fp32", "softcap": "fp32"}
         for transform in launch.TRANSFORMS:
-            found = [rule(v, dtype.itemsize, transform, interpreted=False) for v in (1000, 50257, 1 << 20)]
-            for chosen in (c for i, c in enumerate(found) if c not in found[:i]):
-                yield Configuration(kernel, dtype, types, chosen)
+            found: list[dict[str, Any]] = []
+            for vocabulary in (1000, 25000, 50257, 70000, 1 << 20):  # rows of every length that the rules tell apart
+                chosen = rule(vocabulary, dtype.itemsize, transform, interpreted=False)
+                if chosen not in found:
+                    found.append(chosen)
+                    at_once = programs(vocabulary, dtype.itemsize) if programs else 1
+                    yield Configuration(kernel, dtype, types, chosen, programs=at_once)
 
 
 def compile_configurations() -> Iterator[Configuration]:
