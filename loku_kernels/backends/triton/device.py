@@ -21,6 +21,7 @@ LOG2_E = tl.constexpr(1.4426950216293335)  # in float32
 HUGE = tl.constexpr(2.0**28)
 LINE = tl.constexpr(4)  # granules
 TWO_BFLOAT16_INFINITIES = tl.constexpr(-0x7F0080)  # both negative
+TWO_FLOAT16_INFINITIES = tl.constexpr(-0x3FF0400)
 NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
@@ -40,6 +41,15 @@ def exp2(x):
 @triton.jit
 def exp(x):
     return exp2(x * LOG2_E)
+
+
+@triton.jit
+def rounded_product(a, b):
+    """a * b, which the compiler would else join to a sum it is used in, unrounded."""
+    if INTERPRETED:
+        return a * b
+    else:
+        return libdevice.mul_rn(a, b)
 
 
 @triton.jit
@@ -157,7 +167,7 @@ def absorb(z, position, m, k, R, best):
     top = tl.max(z, axis=1)
     larger = top > m
     m = tl.where(larger, top, m)
-    higher = tl.maximum(m, -HUGE) * LOG2_E  # not of -inf, which less -inf would be NaN
+    higher = rounded_product(tl.maximum(m, -HUGE), LOG2_E)  # not of -inf, which less -inf would be NaN
     R = R * exp2(k - higher) + tl.sum(exp2(fma(z, LOG2_E, -higher[:, None])), axis=1)
     return m, higher, R, tl.where(larger, position, best)
 
@@ -172,27 +182,32 @@ def is_swept(position, body, hole):
 def load_granules(body_ptr, position, body, hole, GRANULE: tl.constexpr):
     """The granules of the body that start at ``position``, a column of positions; -inf where there is none to sweep."""
     inside = is_swept(position, body, hole)
-    if body_ptr.dtype.element_ty == tl.bfloat16:
+    dtype: tl.constexpr = body_ptr.dtype.element_ty
+    if dtype != tl.float32:
         pair = tl.arange(0, GRANULE // 2)[None, :]
         pointers = body_ptr.to(tl.pointer_type(tl.int32)) + (position // 2 + pair)
-        return tl.load(pointers, mask=inside, other=TWO_BFLOAT16_INFINITIES)
+        none: tl.constexpr = TWO_BFLOAT16_INFINITIES if dtype == tl.bfloat16 else TWO_FLOAT16_INFINITIES
+        return tl.load(pointers, mask=inside, other=none)
     else:
         return tl.load(body_ptr + (position + tl.arange(0, GRANULE)[None, :]), mask=inside, other=float("-inf"))
 
 
 @triton.jit
-def widened(tile):
-    """A tile's logits in float32. A bfloat16 is the upper half of one, so a pair of them takes two instructions."""
-    if tile.dtype == tl.int32:
+def widened(tile, dtype: tl.constexpr):
+    """The logits, of ``dtype``, of a tile of ``load_granules``, in float32."""
+    if dtype == tl.bfloat16:  # the upper half of a float32, so that a pair takes two instructions
         lower, upper = tile << 16, tile & -65536
         return tl.interleave(lower.to(tl.float32, bitcast=True), upper.to(tl.float32, bitcast=True))
+    elif dtype == tl.float16:
+        lower, upper = tile.to(tl.int16).to(dtype, bitcast=True), (tile >> 16).to(tl.int16).to(dtype, bitcast=True)
+        return tl.interleave(lower.to(tl.float32), upper.to(tl.float32))
     else:
-        return tile.to(tl.float32)
+        return tile
 
 
 @triton.jit
-def transformed_granules(tile, position, body, hole, scale, softcap, TRANSFORM: tl.constexpr):
-    z = transformed(widened(tile), scale, softcap, TRANSFORM)
+def transformed_granules(tile, dtype: tl.constexpr, position, body, hole, scale, softcap, TRANSFORM: tl.constexpr):
+    z = transformed(widened(tile, dtype), scale, softcap, TRANSFORM)
     if TRANSFORM != "none":
         z = tl.where(is_swept(position, body, hole), z, float("-inf"))
     return z
@@ -204,7 +219,9 @@ def sweep_tile(
     GRANULE: tl.constexpr, AHEAD: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """Take in the first of ``tiles``, whose granules start at ``position``, and send for that AHEAD columns on."""
-    z = transformed_granules(tiles[0], position[:, None], body, hole, scale, softcap, TRANSFORM)
+    z = transformed_granules(
+        tiles[0], body_ptr.dtype.element_ty, position[:, None], body, hole, scale, softcap, TRANSFORM
+    )
     m, k, R, best = absorb(z, position, m, k, R, best)
     following = load_granules(body_ptr, (position + AHEAD)[:, None], body, hole, GRANULE)
     return tiles[1:] + (following,), m, k, R, best  # noqa: RUF005 (Triton does not unpack)
@@ -224,7 +241,7 @@ def summed_anew(
     for start in range(first, body // GRANULE, spacing * LANES):
         position = ((start + tl.arange(0, LANES) * spacing) * GRANULE)[:, None]
         tile = load_granules(body_ptr, position, body, hole, GRANULE)
-        z = transformed_granules(tile, position, body, hole, scale, softcap, TRANSFORM)
+        z = transformed_granules(tile, body_ptr.dtype.element_ty, position, body, hole, scale, softcap, TRANSFORM)
         ties = z == runner_up
         total += tl.sum(tl.where(ties, 0.0, exp(z - reference)), axis=1)
         equal += tl.sum(ties.to(tl.int32), axis=1)
@@ -255,14 +272,14 @@ def row_statistics(
     k = tl.full([LANES], -HUGE * LOG2_E, tl.float32)
     R = tl.zeros([LANES], tl.float32)
     best = lane
-    unrolled = body // (AHEAD * TILE) * (AHEAD * TILE)
+    unrolled = (body + AHEAD // 2 * TILE) // (AHEAD * TILE) * (AHEAD * TILE)  # to the nearest round
     for start in range(0, unrolled, AHEAD * TILE):
         for step in tl.static_range(AHEAD):
             tiles, m, k, R, best = sweep_tile(
                 tiles, start + step * TILE + lane, m, k, R, best, body_ptr, body, hole, scale, softcap,
                 GRANULE, AHEAD * TILE, TRANSFORM,
             )  # fmt: skip
-    for start in range(unrolled, body, TILE):  # or the last round would take in tiles that are not there
+    for start in range(unrolled, body, TILE):  # or a last round would take in tiles most of which are not there
         tiles, m, k, R, best = sweep_tile(
             tiles, start + lane, m, k, R, best, body_ptr, body, hole, scale, softcap, GRANULE, AHEAD * TILE, TRANSFORM
         )
@@ -320,7 +337,7 @@ def power_of(g_rest, reference):
     base: 2 takes no rounding.
     """
     rate = tl.where(tl.abs(reference) >= HUGE, 1.0, LOG2_E)
-    k = rate * reference
+    k = rounded_product(rate, reference)
     return rate, k, g_rest * exp2(fma(-reference, rate, k))
 
 
