@@ -63,6 +63,13 @@ def test_a_spill_is_a_fault(tool, spill):
     assert _faults(tool, "FADD R1, R1, R2", stack=8) == ["8 spills"]
 
 
+def test_programs_that_do_not_fit_a_multiprocessor_are_a_fault(tool):
+    report = tool.read_report(USAGE.format(stack=0), SASS.format(inside="FADD R1, R1, R2"))  # 40 registers a thread
+    eight_warps = tool.configurations()[0]._replace(launch={"num_warps": 8})
+    assert tool.faults(eight_warps._replace(programs=6), report) == []
+    assert tool.faults(eight_warps._replace(programs=7), report) == ["7 programs of 40 registers a thread do not fit"]
+
+
 def test_a_kernel_without_loops_is_a_fault(tool):
     report = tool.read_report(USAGE.format(stack=0), "        /*0000*/  EXIT ;\n")
     assert tool.faults(tool.configurations()[0], report) == ["no global access found in a loop"]

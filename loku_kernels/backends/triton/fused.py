@@ -1,6 +1,6 @@
 """The losses of every row and, over the row itself, their gradient: memory is read once and written once.
 
-The second sweep finds the row in the L2 cache, where the first left it.
+The second sweep finds the row in the cache, of the multiprocessor (L1) or of the GPU (L2), where the first left it.
 """
 
 from __future__ import annotations
