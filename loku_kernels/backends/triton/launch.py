@@ -32,7 +32,7 @@ FEWEST_LANES = 64  # each takes a column of a row's ends, of which there can be 
 # L2 cache; but also to hide one row's latencies behind others. What it does once a row, every warp does: a third of all
 # instructions with 16 warps for 50257 logits in bfloat16. (Bytes of the longest row, warps, loads ahead, rows at a time
 # on a multiprocessor.)
-FUSED_SHAPES = ((80 << 10, 8, 3, 4), (112 << 10, 8, 6, 2), (384 << 10, 16, 3, 2), (2**63, 32, 4, 1))
+FUSED_SHAPES = ((80 << 10, 8, 4, 4), (112 << 10, 8, 6, 2), (384 << 10, 16, 3, 2), (2**63, 32, 4, 1))
 SOFTCAP_WARPS = 8  # at most, as more leave it too few registers
 
 # Columns of a row that one program of the gradient kernel writes: few, so that the programs that run at one time are
