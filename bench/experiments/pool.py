@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ class Outcome(NamedTuple):
 class Pool:
     """``count`` processes, whose output goes to ``worker-<n>.log`` in the folder ``logs``.
 
-    A process whose job fails, or that dies, is replaced: after an error of the GPU it would be of no use.
+    A process whose job fails, or that dies, is replaced: after an error of the GPU it would be of no use. However the
+    parent ends, they end with it, in the middle of a job too.
     """
 
     def __init__(self, count: int, logs: Path) -> None:
@@ -124,7 +126,13 @@ class _Worker:
         return outcome
 
 
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
 def _work(connection: Connection, log: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)

@@ -21,8 +21,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,7 +72,6 @@ class Setting(NamedTuple):
 
 def main() -> None:
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the processes would go on without it
     began = time.monotonic()
     begin_by, end_by = began + options.seconds, began + options.seconds + PATIENCE
     for name, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():

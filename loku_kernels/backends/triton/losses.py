@@ -62,7 +62,7 @@ def row_losses_kernel(
     else:
         row_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t)
         z_t, rest, z_m, index = row_statistics(row_ptr, target, V, scale, softcap, GRANULE, LANES, AHEAD, TRANSFORM)
-        ihl_weight = tl.load(ihl_weight_ptr + row * ihl_stride)
+        ihl_weight = tl.load(ihl_weight_ptr + row * ihl_stride)  # not before: the sweep has no registers to spare
         ce_weight = tl.load(ce_weight_ptr + row * ce_stride)
         loss, g_t, g_m, g_rest = combine(z_t, z_m, rest, ihl_weight, ce_weight)
         store_row(rows_ptr, index_ptr, row, N, loss, z_t, rest, z_m, g_t, g_m, g_rest, index)
