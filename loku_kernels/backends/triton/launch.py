@@ -7,7 +7,7 @@ in float32 and bfloat16.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,11 +28,27 @@ SWEEP_WARPS = 4
 SWEEP_AHEAD = 8  # loads
 FEWEST_LANES = 64  # each takes a column of a row's ends, of which there can be six granules
 
+
+class FusedShape(NamedTuple):
+    """Of the fused kernel's programs, for rows of at most so many bytes."""
+
+    row_bytes: int
+    warps: int
+    ahead: int
+    """Loads that a thread has on their way."""
+    rows: int
+    """At a time on a multiprocessor."""
+
+
 # The fused kernel has to find a row again after its sweep: in the L1 cache, which holds two rows of 100 KB, or in the
 # L2 cache; but also to hide one row's latencies behind others. What it does once a row, every warp does: a third of all
-# instructions with 16 warps for 50257 logits in bfloat16. (Bytes of the longest row, warps, loads ahead, rows at a time
-# on a multiprocessor.)
-FUSED_SHAPES = ((80 << 10, 8, 4, 4), (112 << 10, 8, 6, 2), (384 << 10, 16, 3, 2), (2**63, 32, 4, 1))
+# instructions with 16 warps for 50257 logits in bfloat16.
+FUSED_SHAPES = (
+    FusedShape(80 << 10, warps=8, ahead=4, rows=4),
+    FusedShape(112 << 10, warps=8, ahead=6, rows=2),
+    FusedShape(384 << 10, warps=16, ahead=3, rows=2),
+    FusedShape(2**63, warps=32, ahead=4, rows=1),
+)
 SOFTCAP_WARPS = 8  # at most, as more leave it too few registers
 
 # Columns of a row that one program of the gradient kernel writes: few, so that the programs that run at one time are
@@ -53,15 +69,14 @@ def sweep_launch(vocabulary: int, item_bytes: int, transform: str, interpreted: 
 
 def fused_launch(vocabulary: int, item_bytes: int, transform: str, interpreted: bool = INTERPRETED) -> dict[str, Any]:
     """Constants and options of the kernel that sweeps a row and then writes over it."""
-    _, warps, ahead, _ = _fused_shape(vocabulary * item_bytes)
-    if transform == "softcap":
-        warps = min(warps, SOFTCAP_WARPS)
-    return _sweep(vocabulary, item_bytes, transform, warps, ahead, interpreted)
+    shape = _fused_shape(vocabulary * item_bytes)
+    warps = min(shape.warps, SOFTCAP_WARPS) if transform == "softcap" else shape.warps
+    return _sweep(vocabulary, item_bytes, transform, warps, shape.ahead, interpreted)
 
 
 def fused_rows(vocabulary: int, item_bytes: int) -> int:
     """How many rows the fused kernel has in hand at a time on one multiprocessor."""
-    return _fused_shape(vocabulary * item_bytes)[-1]
+    return _fused_shape(vocabulary * item_bytes).rows
 
 
 def fused_programs(rows: int, at_a_time: int, device: torch.device) -> int:
@@ -107,8 +122,8 @@ def same_alignment(logits: torch.Tensor, out: torch.Tensor) -> bool:
     return all(bytes_apart % LOAD_BYTES == 0 for bytes_apart in apart)
 
 
-def _fused_shape(row_bytes: int) -> tuple[int, int, int, int]:
-    return next(shape for shape in FUSED_SHAPES if row_bytes <= shape[0])
+def _fused_shape(row_bytes: int) -> FusedShape:
+    return next(shape for shape in FUSED_SHAPES if row_bytes <= shape.row_bytes)
 
 
 def _sweep(
