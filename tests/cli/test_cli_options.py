@@ -156,8 +156,17 @@ def test_options_of_another_benchmark_are_unused(capsys):
         f"loku: warning: --{name} is for --benchmark tdec, and has no effect with tofu"
         for name in ("el_threshold", "ma_threshold")
     ]
-    parse("evaluate", OPTIONS["evaluate"], ["--retain_log", "log.json"], "A test.")
-    assert "--retain_log is for --benchmark tofu, and has no effect with perplexity" in capsys.readouterr().err
+    parse("evaluate", OPTIONS["evaluate"], ["--retain_log", "log.json", "--forget", "forget01"], "A test.")
+    assert capsys.readouterr().err.splitlines() == [
+        "loku: warning: --forget is for --benchmark tofu and tdec, and has no effect with perplexity",
+        "loku: warning: --retain_log is for --benchmark tofu, and has no effect with perplexity",
+    ]
+    tdec = ["--benchmark", "tdec", "--forget", "tdec[0:32]", "--text", "wikitext2:test"]
+    parse("evaluate", OPTIONS["evaluate"], [*tdec, "--definition", "open-unlearning"], "A test.")
+    assert capsys.readouterr().err.splitlines() == [
+        "loku: warning: --definition is for --benchmark tofu, and has no effect with tdec",
+        "loku: warning: --text is for --benchmark perplexity, and has no effect with tdec",
+    ]
 
 
 @pytest.mark.parametrize(("preset", "finetune", "unlearn"), [("llama2-7b", 1e-5, 1e-4), ("phi-1.5b", 2e-5, 2e-4)])

@@ -63,7 +63,21 @@ _CHECKS = {
 }
 
 
-_USED_BY = {"unseen": "tdec", "el_threshold": "tdec", "ma_threshold": "tdec", "retain_log": "tofu"}
+# Command -> option -> the benchmarks that use it, where others do not.
+_USED_BY = {
+    "unlearn": {
+        "unseen": ("tdec",),
+        "el_threshold": ("tdec",),
+        "ma_threshold": ("tdec",),
+        "retain_log": ("tofu",),
+    },
+    "evaluate": {
+        "forget": ("tofu", "tdec"),
+        "retain_log": ("tofu",),
+        "definition": ("tofu",),
+        "text": ("perplexity",),
+    },
+}
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -74,12 +88,12 @@ def check_values(values: Mapping[str, Any]) -> None:
             raise CommandError(f"--{name} must be {check.what}, but is {value}")
 
 
-def warn_of_unused(values: Mapping[str, Any]) -> None:
+def warn_of_unused(command: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Says which options only another benchmark than the chosen one uses. No error: a preset may have given them."""
-    for name, benchmark in _USED_BY.items():
-        if values.get(name) is not None and values["benchmark"] != benchmark:
-            chosen = values["benchmark"]
-            warn(f"--{name} is for --benchmark {benchmark}, and has no effect with {chosen}")
+    chosen = values.get("benchmark")
+    for name, benchmarks in _USED_BY.get(command, {}).items():
+        if values.get(name) != defaults.get(name) and chosen not in benchmarks:
+            warn(f"--{name} is for --benchmark {' and '.join(benchmarks)}, and has no effect with {chosen}")
 
 
 def check_schedule(args: TrainingArguments) -> None:

@@ -105,6 +105,7 @@ def parse(command: str, option_types: list[type], argv: list[str], description: 
     parser.add_argument("--config", help="YAML file of options")
     parser.add_argument("--preset", help=f"published settings: {', '.join(preset_names())}")
     known = {name: hint for option_type in option_types for name, hint in _types(option_type).items()}
+    defaults = {name: parser.get_default(name) for name in known}
 
     asked, _ = parser.parse_known_args(argv)
     values: dict[str, Any] = {}
@@ -126,7 +127,7 @@ def parse(command: str, option_types: list[type], argv: list[str], description: 
         if getattr(asked, key) not in (value, parser.get_default(key)):
             raise CommandError(f"--{key} is {value} in loku {command}, but {getattr(asked, key)} was given")
     check_values(vars(asked))
-    warn_of_unused(vars(asked))
+    warn_of_unused(command, vars(asked), defaults)
     arguments += [f"--{key}={value}" for key, value in fixed.items()]
     with blaming():
         *options, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
