@@ -114,6 +114,26 @@ def test_a_run_that_was_at_its_last_step_does_not_go_on(tmp_path):
     assert all(torch.equal(weight, expected[name]) for name, weight in trained_weights(again.model).items())
 
 
+class _KillAtTheEnd(TrainerCallback):
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("max_steps", [4, 6])
+def test_a_run_broken_off_before_its_last_evaluation_is_measured(tmp_path, max_steps):
+    """In the middle of an epoch, of three steps, and at the end of one, where no other begins."""
+    callback = EvaluationCallback(measured)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [_KillAtTheEnd(), callback], max_steps=max_steps)
+    for _ in range(2):
+        again = run(tmp_path, [callback], True, max_steps=max_steps)
+        assert [entry["step"] for entry in again.state.log_history if "eval_noise" in entry][-1] == max_steps
+    whole = run(tmp_path, [callback], max_steps=max_steps)
+    steps = [entry["step"] for entry in whole.state.log_history if "eval_noise" in entry]
+    assert steps == sorted({0, 3, max_steps})  # once
+
+
 @pytest.mark.parametrize("every", [0, -1, "step", 1.5])
 def test_intervals_that_are_none(every):
     with pytest.raises(ValueError, match=r'every must be "epoch" or a positive number of steps, got'):

@@ -71,8 +71,8 @@ class EvaluationCallback(TrainerCallback):
     back, so that the training is the same with and without it. The metrics and "runtime", the seconds it took, are
     logged by the trainer, with "eval_" before their names. Each process evaluates, and must come to the same metrics. A
     run that is stopped saves a checkpoint, unless ``save_strategy`` is "no". At step 0 ``stop`` is not asked. A resumed
-    run is first evaluated at the next interval, but ``stop`` is asked about the metrics logged with its checkpoint, so
-    that one that had reached its aim does not go on.
+    run is first evaluated at the next interval, or at its end, but ``stop`` is asked about the metrics logged with its
+    checkpoint, so that one that had reached its aim does not go on.
 
     Args:
         evaluate: model -> metrics.
@@ -122,6 +122,14 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         if self.every == "epoch":
             self._measure_or_stop(args, control, kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What the last step left may not have been measured: a run may be broken off between its last checkpoint and
+        the evaluation, or be ended by another callback."""
+        if state.global_step > 0 and not _logged(state):
+            self._measure(control, kwargs["model"])
 
     def _measure_or_stop(self, args: TrainingArguments, control: TrainerControl, model: nn.Module) -> None:
         metrics = self._measure(control, model)
