@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from run_folders import TDEC_LOG, TOFU_LOG, VERSIONS, make_run, tdec_results
 
+from loku.cli.report import main
 from loku.report import Run, summary_table, write_report
 
 _HOSTILE = "<img src=x onerror=alert(1)>|`a`&\"'$x_1$"
@@ -211,3 +212,11 @@ def test_no_runs_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="runs must be a sequence of at least one run or run folder"):
         write_report(runs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_tells_of_a_seed_that_comes_twice(tmp_path, capsys):
+    folders = [make_run(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 1), ("c", 1))]
+    folders.append(make_run(tmp_path / "d", seed=1, method="gd"))  # in a group of its own
+    main(["--output", str(tmp_path / "report"), "--runs", *map(str, folders)])
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings == ["loku: warning: 2 runs of loku have the seed 1: their spread is not that over seeds"]

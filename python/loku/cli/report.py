@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 
-from loku.cli.errors import CommandError, blaming
+from loku.cli.errors import CommandError, blaming, warn
 from loku.cli.options import option, parse
 from loku.report import Run, summary_table, write_report
+from loku.report.grouping import group_runs
 
 
 @dataclass
@@ -27,6 +30,14 @@ def main(argv: list[str]) -> None:
         raise CommandError("--runs is required: one run folder or several")
     with blaming():
         runs = [Run.load(folder) for folder in options.runs]
+    _warn_of_repeated(runs)
     write_report(runs, options.output, title=options.title)
     Console().print(summary_table(runs))
     print(f"report written to {options.output}")
+
+
+def _warn_of_repeated(runs: Sequence[Run]) -> None:
+    for group in group_runs(runs):
+        for seed, count in Counter(group.seeds).items():
+            if count > 1:
+                warn(f"{count} runs of {group.label} have the seed {seed}: their spread is not that over seeds")

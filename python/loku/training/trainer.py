@@ -185,9 +185,9 @@ class UnlearningTrainer(Trainer):
         """Of a FILA adapter FSDP's own file has the stored shapes, twice the rank, which FSDP cannot take apart again;
         the adapter's file beside it goes the way that it goes without FSDP."""
         if self.is_fsdp_enabled and has_fila(self.model):
-            (name,) = self.model.active_adapters
-            folder = Path(resume_from_checkpoint, "" if name == "default" else name)
-            self.model.load_adapter(str(folder), name, is_trainable=True)
+            for name in self.model.active_adapters:
+                folder = Path(resume_from_checkpoint, "" if name == "default" else name)
+                self.model.load_adapter(str(folder), name, is_trainable=True)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
