@@ -64,7 +64,7 @@ _CHECKS = {
 
 
 # Command -> option -> the benchmarks that use it, where others do not.
-_USED_BY = {
+_USED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "unlearn": {
         "unseen": ("tdec",),
         "el_threshold": ("tdec",),
