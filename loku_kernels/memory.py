@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from math import prod
 
@@ -24,7 +24,8 @@ from torch import Tensor
 _MIN_BYTES = 16 << 20
 _LARGEST_WASTE = 1.25
 
-_blocks: list[mmap.mmap] = []
+# Each block with the view of it that a tensor holds as long as anything refers to that tensor's memory.
+_blocks: dict[mmap.mmap, weakref.ref[memoryview]] = {}
 _lock = threading.Lock()
 
 
@@ -35,8 +36,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         return torch.empty(shape, dtype=dtype, device=device)
     with _lock:
         block = _idle_block(n_bytes) or _new_block(n_bytes)
-        # The tensor holds a reference to the block, by which _is_idle knows whether it is still in use.
-        return torch.frombuffer(block, dtype=dtype, count=prod(shape)).view(shape)
+        view = memoryview(block)
+        _blocks[block] = weakref.ref(view)
+        return torch.frombuffer(view, dtype=dtype, count=prod(shape)).view(shape)
 
 
 def empty_cache() -> None:
@@ -46,8 +48,8 @@ def empty_cache() -> None:
 
 
 def _idle_block(n_bytes: int) -> mmap.mmap | None:
-    for block in _blocks:
-        if n_bytes <= len(block) <= _LARGEST_WASTE * n_bytes and _is_idle(block):
+    for block, user in _blocks.items():
+        if n_bytes <= len(block) <= _LARGEST_WASTE * n_bytes and user() is None:
             return block
     return None
 
@@ -57,14 +59,10 @@ def _new_block(n_bytes: int) -> mmap.mmap:
     block = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         block.madvise(mmap.MADV_HUGEPAGE)
-    _blocks.append(block)
     return block
 
 
 def _release_idle_blocks() -> None:
-    _blocks[:] = [block for block in _blocks if not _is_idle(block)]
-
-
-def _is_idle(block: mmap.mmap) -> bool:
-    # References: the list, the caller's variable, this function's argument and getrefcount's.
-    return sys.getrefcount(block) <= 4
+    for block, user in list(_blocks.items()):
+        if user() is None:
+            del _blocks[block]
