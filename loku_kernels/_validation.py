@@ -25,6 +25,8 @@ def check_tensors(**tensors: Tensor | None) -> None:
 def check_integer(name: str, value: int) -> None:
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, but is {value!r}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, but is {value}")
 
 
 def check_floating(**tensors: Tensor | None) -> None:
@@ -36,6 +38,8 @@ def check_floating(**tensors: Tensor | None) -> None:
             continue
         if tensor.dtype not in _FLOATING:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, but is {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, but its layout is {tensor.layout}")
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name} must have the dtype of {first_name} ({first.dtype}), but is {tensor.dtype}")
         if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -92,6 +96,8 @@ def check_reduction(reduction: str, num_items_in_batch: float | Tensor | None) -
         raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', but reduction is {reduction!r}")
     if not isinstance(num_items_in_batch, (Real, Tensor, torch.SymInt, torch.SymFloat, type(None))):
         raise TypeError(f"num_items_in_batch must be a number or a tensor, but is {num_items_in_batch!r}")
+    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.is_complex():
+        raise TypeError(f"num_items_in_batch must be real, but is {num_items_in_batch.dtype}")
     if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim() > 0:
         raise ValueError(
             f"num_items_in_batch must be one number, but has shape {tuple(num_items_in_batch.shape)}: reshape it to ()"
@@ -104,6 +110,8 @@ def check_transform(logit_scale: float, logit_softcap: float | None) -> float:
         raise TypeError(f"logit_scale must be a number, but is {logit_scale!r}")
     if logit_scale == 0:
         raise ValueError("logit_scale must not be 0")
+    if not isinstance(logit_softcap, (Real, type(None))):
+        raise TypeError(f"logit_softcap must be a number, or None for none, but is {logit_softcap!r}")
     if logit_softcap is not None and not 0 < logit_softcap <= _LARGEST_SOFTCAP:
         raise ValueError(
             f"logit_softcap must be positive and at most {_LARGEST_SOFTCAP:g}, or None for none, but is {logit_softcap}"

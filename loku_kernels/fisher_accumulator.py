@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 from loku_kernels import gemm
 from loku_kernels._fisher_batch import Batch, joined, read_batch
 from loku_kernels._fisher_layers import Layer, find_layers, in_groups, measured
+from loku_kernels._graph import is_product
 from loku_kernels._taps import as_computed, keep, kept, require_grad
 from loku_kernels.losses import fused_cross_entropy
 from loku_kernels.ops import fisher as ops
@@ -32,8 +33,7 @@ _log = logging.getLogger(__name__)
 def sum_of_token_losses(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
     """The summed negative log-likelihood of ``targets``, each token's next one, from the ``logits`` of the model."""
     logits = model(**inputs).logits
-    needed = hasattr(logits.grad_fn, "_raw_saved_result")  # by the model's own last operation, a tanh, say
-    return fused_cross_entropy(logits, targets, reduction="sum", inplace=not needed)
+    return fused_cross_entropy(logits, targets, reduction="sum", inplace=is_product(logits))
 
 
 class NoLabelsError(RuntimeError):
@@ -56,8 +56,8 @@ class FisherAccumulator:
     that transformers checkpoints in training mode only).
 
     A layer reached several times in one forward pass, or several layers that share one weight, have their gradients
-    added before they are squared. Layers must see all tokens of the batch, in order; a layer that does not, such as
-    an expert that is sent some tokens only, is refused in the backward pass.
+    added before they are squared. Layers must see all tokens of the batch, in order. Their number is checked: a layer
+    that is sent some tokens only, as an expert is, is refused in the backward pass.
 
     Args:
         model: any nn.Module, also inside DistributedDataParallel; for ``update``, one that is called with the batch and

@@ -305,7 +305,7 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast does to the operands of a linear layer."""
     check.check_tensors(hidden=tensors[0], weight=tensors[1], bias=tensors[2])
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

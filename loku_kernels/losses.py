@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loku_kernels import _validation as check
 from loku_kernels import ops
+from loku_kernels._graph import is_compiled
 from loku_kernels._options import LogitOptions
 from loku_kernels.backends.reference import compute_dtype
 from loku_kernels.results import RowStatistics, TargetStatistics, loss_of, operator_reduction, row_statistics
@@ -62,7 +63,8 @@ def fused_ihl(
             softcap * tanh(logit_scale * logits / softcap).
         inplace: let the backward pass write the gradient over ``logits``, which then needs no memory of its own. The
             logits are as they were until then; a second backward pass raises. Where that cannot be checked, under
-            torch.compile and with ``create_graph=True``, the gradient gets memory of its own after all.
+            torch.compile, for logits that a compiled model gave, and with ``create_graph=True``, the gradient gets
+            memory of its own after all.
         return_statistics: also return a ``RowStatistics``, at no further cost.
 
     Returns:
@@ -197,8 +199,8 @@ def fused_unlearning_loss(
     labels = _checked_labels(logits, labels)
     check.check_reduction(reduction, num_items_in_batch)
     softcap = check.check_transform(logit_scale, logit_softcap)
-    if torch.compiler.is_compiling():
-        inplace = False  # the compiler does not see that the backward pass writes over what others may have saved
+    if torch.compiler.is_compiling() or (inplace and is_compiled(logits)):
+        inplace = False  # what is compiled does not see that the backward pass writes over what others may have saved
     if inplace:
         check.check_writable(logits)
     dtype = compute_dtype(logits.dtype)

@@ -26,7 +26,8 @@ class RowStatistics(NamedTuple):
     runner_up_index: Tensor
     """The token that has it, the lowest on ties (int64)."""
     correct: Tensor
-    """Whether argmax, with ties going to the lowest index, is the label (bool)."""
+    """Whether argmax, with ties going to the lowest index, is the label (bool); False where
+    target_probability is NaN."""
 
 
 class TargetStatistics(NamedTuple):
@@ -69,7 +70,7 @@ def row_statistics(table: Tensor, index: Tensor, labels: Tensor, shape: torch.Si
         target_probability=torch.where(counted, p_target, table[formulas.LOSS]).reshape(shape),
         runner_up_probability=torch.where(counted, p_runner_up, table[formulas.LOSS]).reshape(shape),
         runner_up_index=index.reshape(shape),
-        correct=(leads & counted).reshape(shape),
+        correct=(leads & counted & ~p_target.isnan()).reshape(shape),
     )
 
 
@@ -81,5 +82,6 @@ def operator_reduction(reduction: str, num_items_in_batch: float | Tensor | None
 def loss_of(value: Tensor, shape: torch.Size, num_items_in_batch: float | Tensor | None) -> Tensor:
     """The loss as the caller wants it, in the labels' ``shape`` if it is that of every row."""
     if num_items_in_batch is not None:
-        return value / (num_items_in_batch + (num_items_in_batch == 0))  # 0 / 1 where nothing counts
+        # 0 / 1 where nothing counts. A float64 tensor would make the loss one.
+        return (value / (num_items_in_batch + (num_items_in_batch == 0))).to(value.dtype)
     return value.reshape(shape) if value.dim() else value

@@ -26,6 +26,8 @@ LOST_SHARE = 0.01
 _FLOOR = 8
 # Row norms between these come from squares that neither overflow nor vanish in float32.
 _SQUARES_ARE_SAFE = (1e-12, 1e18)
+# Beyond this a row is so short beside the longest that float32 has lost its digits, and may have no room for its weight.
+_LARGEST_ROW_WEIGHT = 1e30
 _CHUNK_ELEMENTS = 1 << 20
 _BLOCK_UNIT = 16  # vectors: the products are fastest at multiples of it
 
@@ -73,7 +75,8 @@ def weighted_svd(
 
     Raises:
         TypeError: weight or row_weight is not a floating point tensor.
-        ValueError: a shape, the rank or rtol does not fit; row_weight has a negative entry; an entry is not finite.
+        ValueError: a shape, the rank or rtol does not fit; row_weight has a negative entry; an entry is not finite; the
+            largest singular value is outside the range of the factors' dtype.
 
     Besides a float32 copy of 16-bit weights it holds 5 to 15 blocks of ``rank`` vectors of length min(out, in), and on
     a CPU a float32 copy of A, in memory that is kept for the next (``empty_cache``). Where the relative residual is
@@ -92,7 +95,7 @@ def weighted_svd(
     residual = torch.zeros(batch, dtype=dtype, device=device)
     with torch.autocast(device.type, enabled=False):
         for i in itertools.product(*map(range, batch)):
-            matrix = _Weighted(weight[i].to(dtype), row_weight[i])
+            matrix = _Weighted.of(weight[i].to(dtype), row_weight[i])
             U[i], S[i], Vh[i], residual[i] = _factorise(matrix, rank, rtol, torch.Generator(device).manual_seed(seed))
     return WeightedSVD(U, S, Vh, residual)
 
@@ -130,6 +133,15 @@ class _Weighted:
         self.scale *= longest
         self.row_weight = torch.where(lengths > 0, row_weight.double() / longest, 0.0).to(weight.dtype)
         self.norm = float(torch.linalg.vector_norm(lengths / longest))
+
+    @classmethod
+    def of(cls, weight: Tensor, row_weight: Tensor) -> _Weighted:
+        """Worked in the dtype of ``weight``, or in float64 where that cannot hold rows that matter."""
+        a = cls(weight, row_weight)
+        if weight.dtype == torch.float32 and float(a.row_weight.max()) > _LARGEST_ROW_WEIGHT:
+            a = cls(weight.double(), row_weight)
+            a.dtype = weight.dtype
+        return a
 
     def left(self, rows: Tensor) -> Tensor:
         """rows (b, out) @ A -> (b, in)."""
@@ -244,6 +256,9 @@ def _finish(a: _Weighted, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
     u = torch.zeros_like(y).index_copy(0, part, u_part) * sign.T
     s = torch.where(s > torch.finfo(a.dtype).eps * s[0], s, 0.0)
     u, s, vh = u.to(a.dtype), s.to(a.dtype), (vh * sign).to(a.dtype)
+    largest, range_of = float(s[0]) * a.scale, torch.finfo(a.dtype)
+    if a.norm > 0 and not range_of.tiny <= largest <= range_of.max:
+        raise ValueError(f"the largest singular value, {largest:g}, is outside {a.dtype}: scale weight or row_weight")
     distance = a.distance((u * s).to(a.weight.dtype), vh.to(a.weight.dtype))
     return u, s * a.scale, vh, distance / a.norm if a.norm > 0 else 0.0
 

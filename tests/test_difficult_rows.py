@@ -153,8 +153,11 @@ def test_nan_logits_reach_the_loss(backend, device, dtype, column):
     labels[5] = 1
     logits[5, 2:] = -INF
     logits[5, [0, column]] = torch.tensor([-INF, NAN], dtype=dtype, device=device)
-    loss = lk.fused_ihl(logits, labels, reduction="none")
+    labels[3] = 6  # the likeliest of what can be compared
+    logits[3, 6] = 40.0
+    loss, statistics = lk.fused_ihl(logits, labels, reduction="none", return_statistics=True)
     assert loss.isnan().tolist() == [True, False, False, True, True, True]
+    assert not statistics.correct[loss.isnan()].any()
 
 
 @pytest.mark.parametrize("offset", [-3e6, -1e3, -88.0, 1e3, 3e6])

@@ -260,16 +260,20 @@ def test_compiled_models(part):
     assert_close(accumulate(model, BATCHES, target_modules=TARGETS), expected, 1e-6)
 
 
-def test_logits_that_the_model_needs_for_its_own_gradient():
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("end", [torch.tanh, lambda logits: logits.flatten(0, 1).tanh().view(logits.shape)])
+def test_logits_that_the_model_needs_for_its_own_gradient(end, backend):
     class Capped(nn.Module):
         def __init__(self):
             super().__init__()
             self.body = build("llama")
 
         def forward(self, **inputs):
-            return types.SimpleNamespace(logits=self.body(**inputs).logits.tanh())
+            return types.SimpleNamespace(logits=end(self.body(**inputs).logits))
 
     model = Capped()
+    if backend is not None:
+        model.compile(backend=backend)
     found = accumulate(model, BATCHES[:1], target_modules=TARGETS)
 
     def loss(model, inputs, targets):

@@ -136,6 +136,25 @@ def test_compiled_inplace_spares_what_others_have_saved(device):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("view", [False, True])
+def test_inplace_spares_what_a_compiled_model_has_saved(device, view):
+    """Its saved tensors are not checked for changes, so the logits that it gives must not be written over."""
+
+    def model(x):
+        logits = x @ weight.t()
+        return logits, logits.square().sum()
+
+    values, weight = torch.randn(2, 3, 8, device=device), torch.randn(40, 8, device=device)
+    labels, gradients = torch.tensor([[1, 2, 3], [4, 5, 6]], device=device), []
+    for function, inplace in ((model, False), (torch.compile(model, backend="aot_eager"), True)):
+        x = values.clone().requires_grad_()
+        logits, other = function(x)
+        logits, scored = (logits[:, 1:], labels[:, 1:]) if view else (logits, labels)
+        (lk.fused_ihl(logits, scored, inplace=inplace) + other).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 TWICE = {
     "logits": lambda x, w, labels: lk.fused_ihl(x @ w.t(), labels),
     "inplace": lambda x, w, labels: lk.fused_ihl(x @ w.t(), labels, inplace=True),

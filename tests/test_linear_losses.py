@@ -269,6 +269,43 @@ def test_autocast_casts_as_a_linear_layer_does(backend, device):
 
 
 @pytest.mark.parametrize("trained", [False, True])
+def test_a_backward_pass_under_another_autocast(backend, device, trained):
+    """Products are formed in the dtypes of the forward pass, with some labels ignored."""
+    hidden, weight, _, labels = problem(9, 8, 301, torch.float32, device)
+    labels[2] = -100
+
+    def gradients(**autocast):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        rows = lk.fused_linear_ihl(h, w, labels, reduction="none")
+        total = rows.sum() + lk.linear_target_statistics(h, w, labels).log_probability.sum()
+        with torch.autocast(device.type, dtype=torch.bfloat16, **autocast):
+            return torch.autograd.grad(total, [h, w] if trained else [h])
+
+    torch.testing.assert_close(gradients(), gradients(enabled=False), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_ignored_rows_have_no_gradient_whatever_comes_upstream(backend, device, trained):
+    hidden, weight, _, labels = problem(4, 8, 301, torch.float32, device)
+    labels[1] = -100
+    h = hidden.clone().requires_grad_()
+    rows = lk.fused_linear_ihl(h, weight.requires_grad_(trained), labels, reduction="none")
+    upstream = torch.tensor([1.0, float("nan"), 2.0, float("inf")], device=device)
+    (gradient,) = torch.autograd.grad(rows, h, upstream)
+    assert (gradient[1] == 0).all() and gradient[[0, 2]].isfinite().all()
+
+
+def test_tensors_without_memory():
+    hidden, weight, labels = (
+        torch.empty(3, 8, device="meta"),
+        torch.empty(9, 8, device="meta"),
+        torch.empty(3, device="meta"),
+    )
+    assert lk.fused_linear_ihl(hidden, weight, labels.long()).is_meta
+    assert lk.linear_target_statistics(hidden, weight, labels.long()).rest.shape == (3,)
+
+
+@pytest.mark.parametrize("trained", [False, True])
 def test_statistics_from_hidden_states(backend, device, trained):
     hidden, weight, bias, labels = problem(9, 8, 301, torch.float32, device)
     coefficients = torch.randn(3, 9, device=device)

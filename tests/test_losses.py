@@ -377,8 +377,9 @@ def test_normalisers(backend, device):
     rows = lk.fused_ihl(logits, labels, reduction="none")
     assert lk.fused_ihl(logits, labels).item() == pytest.approx(rows.sum().item() / 5)
     assert lk.fused_ihl(logits, labels, reduction="sum").item() == pytest.approx(rows.sum().item())
-    for count in (20, torch.tensor(20, device=device)):
-        assert lk.fused_ihl(logits, labels, num_items_in_batch=count).item() == pytest.approx(rows.sum().item() / 20)
+    for count in (20, torch.tensor(20, device=device), torch.tensor(20.0, dtype=torch.float64, device=device)):
+        loss = lk.fused_ihl(logits, labels, num_items_in_batch=count)
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(rows.sum().item() / 20)
     for nothing in (0, torch.tensor(0, device=device)):  # as Trainer passes it where every label is ignored
         hidden = torch.randn(6, 4, device=device, requires_grad=True)
         ignored = torch.full_like(labels, -100)

@@ -207,6 +207,13 @@ def test_a_row_whose_squares_vanish_counts_by_its_weight(rows):
     assert_contract(weighted_svd(weight, row_weight, 1), weight, row_weight, 1)
 
 
+@pytest.mark.parametrize("columns", [3, 500])
+def test_rows_too_short_for_float32_beside_the_longest(columns):
+    weight = torch.randn(columns, columns) * torch.logspace(-20, 20, columns)[:, None]
+    row_weight = (1 / weight.double().norm(dim=1)).float()
+    assert_contract(weighted_svd(weight, row_weight, 2), weight, row_weight, 2)
+
+
 def test_batch_equals_loop():
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(2, 3, 390, 400, generator=generator)
@@ -419,6 +426,16 @@ def test_choice_by_shape():
         ({"weight": [[1.0]]}, TypeError, "weight"),
         ({"weight": torch.full((6, 5), float("nan"))}, ValueError, "^weight must be finite"),
         ({"weight": torch.eye(6, 5) * float("inf")}, ValueError, "^weight must be finite"),
+        (
+            {"weight": torch.ones(6, 5) * 1e30, "row_weight": torch.ones(6) * 1e30},
+            ValueError,
+            "singular value.*outside",
+        ),
+        (
+            {"weight": torch.ones(6, 5) / 1e30, "row_weight": torch.ones(6) / 1e30},
+            ValueError,
+            "singular value.*outside",
+        ),
         ({"row_weight": torch.ones(5)}, ValueError, r"row_weight must have the shape \(6,\)"),
         ({"row_weight": torch.ones(6, dtype=torch.int64)}, TypeError, "row_weight"),
         ({"row_weight": torch.ones(6, device="meta")}, ValueError, "row_weight"),

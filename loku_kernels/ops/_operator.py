@@ -23,6 +23,17 @@ def operator(function: Callable) -> torch._ops.OpOverload:
     return _register(function, ())
 
 
+def operator_of_products(function: Callable) -> torch._ops.OpOverload:
+    """The same for a function that multiplies matrices, in the dtypes that it is given: autocast has had its say, and
+    the one in force around a backward pass may be another than that around the forward pass."""
+
+    def as_given(tensor: Tensor, *arguments: Any) -> Any:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *arguments)
+
+    return _register(function, (), as_given)
+
+
 def operator_on(argument: str) -> Callable[[Callable], torch._ops.OpOverload]:
     """The same for a function that writes over one argument, its first, and returns nothing."""
 

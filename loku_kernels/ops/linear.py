@@ -16,7 +16,7 @@ from torch import Tensor
 from loku_kernels import gemm, launch, memory
 from loku_kernels.backends import formulas, select
 from loku_kernels.backends.reference import compute_dtype
-from loku_kernels.ops._operator import operator, refuse_gradient
+from loku_kernels.ops._operator import operator, operator_of_products, refuse_gradient
 from loku_kernels.ops.logits import (
     check_labels,
     empty_reduced,
@@ -55,7 +55,7 @@ class _Gradients:
         return self.hidden, self.weight[:vocabulary], self.bias[:vocabulary]
 
 
-@operator
+@operator_of_products
 def linear_unlearning_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -142,8 +142,8 @@ def _backward_loss(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple:
     if computed and ctx.reduction != "none":
         gradients = [gradient * upstream for gradient in gradients]
     elif computed and not any(needed[1:]):
-        # A row of the hidden states' gradient depends on that row's loss alone.
-        gradients[0] = gradients[0] * upstream[:, None]
+        # A row of the hidden states' gradient depends on that row's loss alone; an ignored one's is 0 whatever comes.
+        gradients[0] = gradients[0] * upstream.masked_fill(index < 0, 0.0)[:, None]
     else:
         gradients = linear_gradients(
             hidden,
@@ -210,7 +210,7 @@ def _backward_statistics(ctx: Any, grad_target: Tensor, grad_runner_up: Tensor, 
 torch.library.register_autograd(linear_target_statistics.name(), _backward_statistics, setup_context=_save_statistics)
 
 
-@operator
+@operator_of_products
 def linear_gradients(
     hidden: Tensor,
     weight: Tensor,
