@@ -26,7 +26,7 @@ LOST_SHARE = 0.01
 _FLOOR = 8
 # Row norms between these come from squares that neither overflow nor vanish in float32.
 _SQUARES_ARE_SAFE = (1e-12, 1e18)
-# Beyond this a row is so short beside the longest that float32 has lost its digits, and may have no room for its weight.
+# Beyond this a row is so short beside the longest that float32 has lost its digits, or its weight has no room.
 _LARGEST_ROW_WEIGHT = 1e30
 _CHUNK_ELEMENTS = 1 << 20
 _BLOCK_UNIT = 16  # vectors: the products are fastest at multiples of it

@@ -85,6 +85,19 @@ def test_words_that_yaml_takes_for_booleans(yaml_file):
         parse("test", [UnlearnConfig], ["--config", str(yaml_file("save_strategy: false\n")), *CPU], "A test.")
 
 
+def test_numbers_as_json_and_python_write_them(yaml_file):
+    """Inside of a mapping too, where YAML would take 1e-5 for a word; and 0123 is 83 to it, and no folder's name."""
+    path = yaml_file("lr_scheduler_kwargs: {min_lr: 1e-5}\nrun_name: 0123\ndata_seed: 1e1\nlearning_rate: 2E-5\n")
+    with pytest.raises(CommandError, match="data-seed: invalid int value: '1e1'"):
+        parse("test", [UnlearnConfig], ["--config", str(path), *CPU], "A test.")
+    path.write_text(path.read_text().replace("1e1", "10"))
+    (config,) = parse("test", [UnlearnConfig], ["--config", str(path), *CPU], "A test.")
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-5} and config.learning_rate == 2e-5
+    assert config.run_name == "0123" and config.data_seed == 10
+    path.write_text('{\n\t"rank": 8,\n\t"alpha": 1e-03\n}\n')  # YAML has no tabs
+    assert sizes("--config", path) == Sizes(8, 1e-3)
+
+
 def test_config_comes_before_preset(yaml_file):
     path = yaml_file("rank: 8\n")
     words = ["--preset", "phi-1.5b", "--config", str(path)]
@@ -98,6 +111,7 @@ def test_config_comes_before_preset(yaml_file):
         ("rnak: 8\n", "there is no option 'rnak'; did you mean 'rank'?"),
         ("- rank\n", "must hold a mapping, but holds a list"),
         ("rank: [1, 2]\n", "rank must be a single value"),
+        ("train: [a, 2]\n", "train must be a list of text"),
         ("rank: 1.5\n", "--rank: invalid int value: '1.5'"),
         ("resume: perhaps\n", "Truthy value expected"),
         ("rank: {\n", "not valid YAML"),

@@ -124,6 +124,9 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
         ("model_type: gpt_neo\nhiden_size: 32\n", "has no hiden_size"),
         ("model_type: gpt_nio\n", "gpt_nio"),
         ("hidden_size: 32\n", "has no model_type"),
+        ("model_type: llama\nhidden_size: '32'\n", "hidden_size"),
+        ("model_type: llama\nhidden_size: 33\nnum_attention_heads: 2\n", "33"),
+        ("model_type: llama\nhidden_size: 32\nnum_attention_heads: 2\nhidden_act: nope\n", "nope"),
     ):
         path.write_text(content)
         assert message in refused(*words)

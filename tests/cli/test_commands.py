@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loku.cli import unlearn
+from loku.cli.models import model_from_config
 from loku.evaluation import generate_greedily, perplexity
 from loku.fila import FilaStateDict
 from loku.report import Run
@@ -133,6 +134,15 @@ def test_finetune_from_a_config_with_the_tokenizers_vocabulary(workshop, loku, f
     found = results(folder)
     assert found["after"]["train_perplexity"] > 1 and found["steps"] == 2
     assert [line["loss"] for line in logged(folder) if "loss" in line]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_models_own_config_is_a_model_config(workshop, family):
+    """As `save_pretrained` wrote it, with what it says of dtype, architecture and version."""
+    tokenizer = AutoTokenizer.from_pretrained(workshop / "tokenizer")
+    model = model_from_config(str(workshop / family / "config.json"), tokenizer, "auto")
+    saved = AutoModelForCausalLM.from_pretrained(workshop / family)
+    assert type(model) is type(saved) and model.config.to_dict() == {**saved.config.to_dict(), "_name_or_path": ""}
 
 
 def test_finetune_goes_on_from_a_model(workshop, loku, folder):

@@ -9,6 +9,7 @@ import torch
 from training_setup import causal_lm, sequences, trained_weights, trainer, with_adapter
 from transformers import TrainerCallback
 
+from loku.data import Role
 from loku.training import EvaluationCallback, JsonLinesCallback, checkpoint_fault, last_whole_checkpoint
 
 FORGET, RETAIN = sequences(6, 1), sequences(9, 2)
@@ -132,6 +133,29 @@ def test_a_run_broken_off_before_its_last_evaluation_is_measured(tmp_path, max_s
     whole = run(tmp_path, [callback], max_steps=max_steps)
     steps = [entry["step"] for entry in whole.state.log_history if "eval_noise" in entry]
     assert steps == sorted({0, 3, max_steps})  # once
+
+
+def test_evaluations_know_their_own_metrics(tmp_path):
+    """Among those of the trainer and of another callback, at the same steps; also where a run goes on."""
+
+    def callbacks():
+        return [
+            EvaluationCallback(lambda model: {"often": 1.0}, every=1),
+            EvaluationCallback(lambda model: {"seldom": 1.0}, every=3, stop=lambda metrics: metrics["seldom"] < 0),
+        ]
+
+    items = [{Role.FORGET: FORGET[0], Role.RETAIN: RETAIN[0]}]
+    options = {"eval_dataset": items, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    stopped = run(tmp_path, [_Stop(), *callbacks()], max_steps=4, **options)
+    assert stopped.state.global_step == 2
+    again = run(tmp_path, callbacks(), True, max_steps=4, **options)
+    for done, steps in ((stopped, [0, 2]), (again, [0, 3, 4])):
+        assert [entry["step"] for entry in done.state.log_history if "eval_seldom" in entry] == steps
+
+
+class _Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
 
 
 @pytest.mark.parametrize("every", [0, -1, "step", 1.5])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -83,19 +84,20 @@ def model_from_config(path: str, tokenizer: PreTrainedTokenizerBase, dtype: str)
     Where the file does not say, ``vocab_size`` and the ids of special tokens are the tokenizer's.
 
     Raises:
-        CommandError: the file is none, or has a key that the type's configuration lacks.
+        CommandError: the file is none, or has a key or a value that the type's configuration does not take.
     """
     values = read_mapping(path, "--model_config")
     if "model_type" not in values:
         raise CommandError(f"--model_config {path} has no model_type, such as gpt_neo, phi or llama")
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    with blaming(f"--model_config {path}"):
+    with blaming(f"--model_config {path}", StrictDataclassError, KeyError, TypeError):
         known = AutoConfig.for_model(values["model_type"])
         unknown = [key for key in values if key not in {*known.to_dict(), *known.attribute_map}]
         if unknown:
             raise CommandError(f"--model_config {path}: a {values['model_type']} has no {', '.join(unknown)}")
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **values})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype))
+        dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:

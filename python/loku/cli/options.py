@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -188,6 +190,8 @@ def _given(parser: HfArgumentParser, values: Mapping[str, Any], known: Mapping[s
         if isinstance(value, (list, dict)):
             if type(value).__name__ not in str(known[key]):
                 raise CommandError(f"{key} must be a single value, but is {value!r}")
+            if "list[str]" in str(known[key]) and not all(isinstance(item, str) for item in value):
+                raise CommandError(f"{key} must be a list of text, but is {value!r}")
             parser.set_defaults(**{key: value})
         elif value is not None:
             arguments.append(f"--{key}={value}")
@@ -199,10 +203,25 @@ def _read_options(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     for key in values:
         if key not in known:
             raise CommandError(f"--config {path}: {_unknown(str(key), known)}")
-    # YAML takes a bare no for False, but to what is no switch, such as save_strategy, it is a word: as it was written.
-    words = {key.value: node.value for key, node in yaml.compose(path.read_text(), yaml.SafeLoader).value}
-    misread = {key for key, value in values.items() if isinstance(value, bool) and "bool" not in str(known[key])}
-    return {key: words[key] if key in misread & words.keys() else value for key, value in values.items()}
+    # YAML takes a bare no for False and 0123 for 83, but where text is meant they are words: as they were written.
+    misread = [key for key, value in values.items() if _is_misread(value, str(known[key]))]
+    if misread:
+        nodes = yaml.compose(path.read_text(), _Loader).value
+        values |= {key.value: node.value for key, node in nodes if key.value in misread}
+    return values
+
+
+def _is_misread(value: Any, hint: str) -> bool:
+    return not isinstance(value, (str, list, dict, type(None))) and type(value).__name__ not in hint
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML to which 1e-5 is a number, as it is to JSON and to Python."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def read_mapping(path: str | Path, option: str) -> dict[str, Any]:
@@ -210,10 +229,17 @@ def read_mapping(path: str | Path, option: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise CommandError(f"{option} must be a YAML file, but {path} does not exist")
     with blaming(f"{option} {path} is not valid YAML", yaml.YAMLError):
-        values = yaml.safe_load(Path(path).read_text())
+        values = _parsed(Path(path).read_text())
     if not isinstance(values, dict):
         raise CommandError(f"{option} {path} must hold a mapping, but holds a {type(values).__name__}")
     return values
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)  # which may be indented by tabs, as YAML may not
+    except ValueError:
+        return yaml.load(text, _Loader)
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

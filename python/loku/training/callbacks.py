@@ -107,37 +107,39 @@ class EvaluationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 0:  # all callbacks have begun by now, also those that write the log
-            self._measure(control, kwargs["model"])
+            self._measure(state, control, kwargs["model"])
         elif self.stop is not None and state.global_step == self._first_step:
-            metrics = _logged(state)
-            if metrics and self.stop(metrics):
+            metrics = self._measured(state)
+            if metrics is not None and self.stop(metrics):
                 raise TrainingIsOver
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every != "epoch" and (state.global_step % self.every == 0 or state.global_step >= state.max_steps):
-            self._measure_or_stop(args, control, kwargs["model"])
+            self._measure_or_stop(args, state, control, kwargs["model"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.every == "epoch":
-            self._measure_or_stop(args, control, kwargs["model"])
+            self._measure_or_stop(args, state, control, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """What the last step left may not have been measured: a run may be broken off between its last checkpoint and
         the evaluation, or be ended by another callback."""
-        if state.global_step > 0 and not _logged(state):
-            self._measure(control, kwargs["model"])
+        if state.global_step > 0 and self._measured(state) is None:
+            self._measure(state, control, kwargs["model"])
 
-    def _measure_or_stop(self, args: TrainingArguments, control: TrainerControl, model: nn.Module) -> None:
-        metrics = self._measure(control, model)
+    def _measure_or_stop(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module
+    ) -> None:
+        metrics = self._measure(state, control, model)
         if self.stop is not None and self.stop(metrics):
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
 
-    def _measure(self, control: TrainerControl, model: nn.Module) -> Mapping[str, float]:
+    def _measure(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> Mapping[str, float]:
         begin = time.perf_counter()
         with evaluation_mode(model) as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
             measured = self.evaluate(model)
@@ -147,10 +149,16 @@ class EvaluationCallback(TrainerCallback):
         logged = {**metrics, "runtime": round(time.perf_counter() - begin, 3)}
         self.trainer.log({f"eval_{name}": value for name, value in logged.items()})
         control.should_log = due  # which the trainer takes for done after any log
+        # What was logged may also be the trainer's own or another callback's; this is kept with checkpoints, unlogged.
+        state.log_history.append({"step": state.global_step, "evaluation": self._number, "metrics": metrics})
         return metrics
 
+    def _measured(self, state: TrainerState) -> Mapping[str, float] | None:
+        """The metrics of this callback's evaluation at the current step, if there was one."""
+        here = (entry for entry in state.log_history if entry["step"] == state.global_step)
+        return next((entry["metrics"] for entry in here if entry.get("evaluation") == self._number), None)
 
-def _logged(state: TrainerState) -> dict[str, float]:
-    """The metrics of an evaluation at the current step, if there was one."""
-    entries = [entry for entry in state.log_history if entry["step"] == state.global_step]
-    return {k.removeprefix("eval_"): v for entry in entries for k, v in entry.items() if k.startswith("eval_")}
+    @property
+    def _number(self) -> int:
+        """Its place among the trainer's evaluations."""
+        return [known for known in self.trainer.callback_handler.callbacks if type(known) is type(self)].index(self)
