@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from small_models import FAMILIES, VOCABULARY, build, token_ids
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Tokenizer, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import GenerationConfig, GPT2Tokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
 from loku.data import PROMPTS, load_records
 from loku.evaluation import aggregate_tofu, evaluate_tofu, read_log
@@ -60,6 +61,19 @@ def test_answers_do_not_depend_on_the_batch(family):
     for batch_size in (1, 2, 32):
         found = generate_greedily(model, Numbers(eos), prompts(), max_length=max_length, batch_size=batch_size)
         assert found == expected
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_answers_are_greedy_whatever_is_published_with_the_model(wrapped):
+    model = build("llama")
+    expected = [one_at_a_time(model, prompt, 0, 30) for prompt in prompts()]
+    published = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "num_beams": 2, "return_dict_in_generate": True}
+    model.generation_config = GenerationConfig(**published, stop_strings=["a"])
+    before = model.generation_config
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert generate_greedily(model, Numbers(0), prompts(), max_length=30) == expected
+    assert model.generation_config is before
 
 
 def test_generation_refuses():

@@ -254,6 +254,21 @@ def test_models_that_do_not_serve(tmp_path):
     with pytest.raises(ValueError, match=r"method 'npo' compares .* must be a PeftModel, got LlamaForCausalLM"):
         trainer(base, tmp_path, *DATA, method="npo")
     biased = with_adapter(causal_lm("phi"), bias="lora_only")
+    unfrozen = with_adapter(causal_lm("llama"))
+    unfrozen.get_base_model().model.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"method 'dpo' compares .*model\.norm\.weight of the base is trained too"):
+        trainer(unfrozen, tmp_path, FORGET, RETAIN, FORGET, method="dpo")
+    stacked = with_adapter(causal_lm("llama"))
+    stacked.add_adapter("new", stacked.peft_config["default"])
+    stacked.base_model.set_adapter(["default", "new"])
+    for name, parameter in stacked.named_parameters():
+        parameter.requires_grad_(".new." in name)
+    with pytest.raises(
+        ValueError, match=r"method 'npo' compares .* lacks 'default' too, which is active and not trained"
+    ):
+        trainer(stacked, tmp_path, FORGET, method="npo")
+    kept = with_adapter(causal_lm("llama"), modules_to_save=["norm"])  # a copy, which is off with the adapter
+    assert trainer(kept, tmp_path, FORGET, method="npo").method.reference
     with pytest.raises(ValueError, match=r"method 'kl' compares .* bias='lora_only' .* set it to 'none'"):
         trainer(biased, tmp_path, *DATA, method="kl")
     for model in (base, with_adapter(base)):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -112,8 +114,20 @@ def _continuations(
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_length - shortest, eos_token_id=eos, pad_token_id=eos, use_cache=True
     )
-    out = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)[:, longest:]
+    with _without_defaults(model):
+        out = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)[:, longest:]
     return [row[: max_length - len(ids)] for row, ids in zip(out, prompts, strict=True)]
+
+
+@contextmanager
+def _without_defaults(model: nn.Module) -> Iterator[None]:
+    """What is published with a model may penalise repetition, say, where nothing else is asked for."""
+    owner = model.get_base_model() if isinstance(model, PeftModel) else model
+    published, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = published
 
 
 def _open_ended(input_ids: list[int], eos: int) -> list[int]:

@@ -61,10 +61,10 @@ class UnlearningTrainer(Trainer):
     Raises:
         TypeError: args is no UnlearnConfig, a data set has no length, or an option is not served.
         ValueError: a data set that the method needs is missing or empty; a sequence has no label to score, or is longer
-            than the model's context; the method needs a reference, and the model is no PeftModel or also trains weights
-            of its base; the method needs FILA, and no active adapter was started by it; ``packing="always"`` and
-            the model does not keep packed sequences apart; a FILA adapter would be sharded by FSDP 1 or ZeRO-3, or
-            ZeRO-3 would not save what it trains.
+            than the model's context; the method needs a reference, and the model is no PeftModel, also trains weights
+            of its base, or has an active adapter that is not trained; the method needs FILA, and no active adapter was
+            started by it; ``packing="always"`` and the model does not keep packed sequences apart; a FILA adapter would
+            be sharded by FSDP 1 or ZeRO-3, or ZeRO-3 would not save what it trains.
     """
 
     loss_is_scaled_for_ga = True  # by the totals
@@ -301,17 +301,7 @@ def _check_lengths(model: nn.Module, sets: Mapping[str, Iterable[Example]]) -> i
 
 def _check_adapter(model: nn.Module, method: Method) -> None:
     if method.reference:
-        if not isinstance(model, PeftModel):
-            raise ValueError(
-                f"method {method.name!r} compares with the model before unlearning, which is the one with its adapter "
-                f"off: model must be a PeftModel, got {type(model).__name__}"
-            )
-        biases = [config.bias for config in model.peft_config.values() if getattr(config, "bias", "none") != "none"]
-        if biases:
-            raise ValueError(
-                f"method {method.name!r} compares with the model before unlearning, but bias={biases[0]!r} in the "
-                "adapter's configuration trains biases of the base; set it to 'none'"
-            )
+        _check_reference(model, f"method {method.name!r} compares with the model before unlearning")
     if method.fila and not has_fila(model):
         raise ValueError(
             f"method {method.name!r} needs an adapter started by loku.fila.initialize_lora_fila_weights, or loaded "
@@ -321,6 +311,30 @@ def _check_adapter(model: nn.Module, method: Method) -> None:
         raise ValueError(
             f"method {method.name!r} trains the active adapters {model.active_adapters}, but FILA started "
             f"{sorted(fila_adapters(model))}; call model.set_adapter"
+        )
+
+
+def _check_reference(model: nn.Module, why: str) -> None:
+    """Whether the model with its adapter off is the one before unlearning, and stays it."""
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"{why}, which is the one with its adapter off: model must be a PeftModel, got {type(model).__name__}"
+        )
+    biases = [config.bias for config in model.peft_config.values() if getattr(config, "bias", "none") != "none"]
+    if biases:
+        raise ValueError(
+            f"{why}, but bias={biases[0]!r} in the adapter's configuration trains biases of the base; set it to 'none'"
+        )
+    # The parameters of an adapter have its name as a part of theirs.
+    trained = {name: name.split(".") for name, parameter in model.named_parameters() if parameter.requires_grad}
+    base = [name for name, parts in trained.items() if model.peft_config.keys().isdisjoint(parts)]
+    if base:
+        raise ValueError(f"{why}, but {base[0]} of the base is trained too; freeze it")
+    frozen = [name for name in model.active_adapters if not any(name in parts for parts in trained.values())]
+    if frozen:
+        raise ValueError(
+            f"{why}, but with its adapters off it lacks {frozen[0]!r} too, which is active and not trained; merge that "
+            "into the base first"
         )
 
 
