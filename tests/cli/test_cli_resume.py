@@ -109,7 +109,7 @@ def test_resumed_run_ends_at_the_same_weights(
     whole, words = unbroken(method), training(workshop, method, folder)
     start(words, stop_before)
     assert not (folder / "results.json").exists()
-    monkeypatch.setattr("loku.cli.unlearn.row_weights", None)  # importance must not be computed again
+    monkeypatch.setattr("loku.cli.importance.get_fila_state_dict", None)  # importance must not be computed again
     loku(*words, "--resume")
     assert same_weights(folder, whole)
     assert values(folder)[:-1] == values(whole)[:-1]  # the last line has averages over this start
@@ -302,6 +302,20 @@ def test_importance_does_not_go_on_with_other_data(workshop, loku, refused, tmp_
     assert "began with fila_eps" in refused(*words, "--resume", "--fila_eps", "1e-3")
 
 
+@pytest.mark.parametrize("changed", ["forget", "retain"])
+def test_row_weights_of_other_data_are_refused(workshop, refused, folder, tmp_path, monkeypatch, changed):
+    """Those that an earlier start of the run has computed, before the file was edited."""
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("forget", "retain")}
+    for name, file in files.items():
+        file.write_text((workshop / f"{name}_text.jsonl").read_text())
+    words = workshop.unlearn("loku", folder, "--forget", files["forget"], "--retain", files["retain"])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("loku.cli.unlearn.initialize_lora_fila_weights", lambda *args, **options: kill())
+        main([str(word) for word in words])
+    files[changed].write_text(files[changed].read_text().partition("\n")[0] + "\n")
+    assert f"is not for what --{changed} holds now" in refused(*words, "--resume")
+
+
 def test_a_run_cannot_go_on_with_another_adapter_or_other_data(workshop, refused, folder, no_plots):
     words = training(workshop, "ihl", folder)
     start(words, stop_before=2)
@@ -348,4 +362,7 @@ def test_evaluation_goes_on_where_it_was_broken_off(
     monkeypatch.setattr(where, lambda *args, **settings: calls.append(args) or original(*args, **settings))
     loku(*words, "--output_dir", broken, "--resume")
     assert len(calls) == rest  # but for what had been measured
+    (broken / "results.json").unlink()
+    loku(*words, "--output_dir", broken, "--resume")
+    assert len(calls) == rest
     assert results(broken) == results(tmp_path / "unbroken")

@@ -237,7 +237,9 @@ def test_unlearn_tdec_stops_when_the_goal_is_reached(workshop, loku, folder, no_
 
 
 def test_unlearn_tdec_measures_its_goal_and_always_ends_with_extraction(workshop, loku, folder, no_plots):
+    """On unseen sequences, whatever a preset says of the goal."""
     words = ["--forget", "tdec[0:2]", "--data_dir", workshop.root, "--benchmark", "tdec", "--unseen", "tdec[2:5]"]
+    words += ["--el_threshold", "0.9", "--ma_threshold", "0.9"]
     loku(*workshop.unlearn("ga", folder, *words, "--learning_rate", "1e-9", "--evaluate_every", "1", family="phi"))
     loku("evaluate", "--model", workshop / "phi", "--benchmark", "tdec", "--forget", "tdec[2:5]", "--data_dir",
          workshop.root, "--output_dir", folder.with_name("unseen"))  # fmt: skip

@@ -59,7 +59,7 @@ def test_unlearning_batch_padded():
     assert batch["rows"].tolist() == [1, 4, 8, 9, 10, 13]
     assert batch["targets"].tolist() == [7, 9, 2, 3, 4, 7]
     assert batch["row_sequences"].tolist() == [0, 1, 2, 2, 2, 3]
-    assert set(batch) - {"labels", "roles", "rows", "targets", "row_sequences"} <= set(MODEL_INPUTS)
+    assert set(batch) - {"labels", "roles", "rows", "targets", "row_sequences", "tokens"} <= set(MODEL_INPUTS)
 
 
 def test_unlearning_batch_packed():

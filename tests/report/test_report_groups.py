@@ -24,6 +24,14 @@ def test_runs_that_differ_in_the_seed_only_are_one_group(tmp_path):
     assert [(group.label, group.seeds) for group in groups] == [("loku", [0, 1, 2]), ("gd", [1])]
 
 
+def test_runs_from_different_importance_files_are_not_seeds(tmp_path):
+    groups = _groups(tmp_path, {"importance": "a/i.st"}, {"importance": "b/i.st", "seed": 1}, {"importance": "b/i.st"})
+    assert [(group.label, group.seeds) for group in groups] == [
+        ("loku, importance a/i.st", [0]),
+        ("loku, importance b/i.st", [1, 0]),
+    ]
+
+
 def test_mean_and_sample_standard_deviation(tmp_path):
     values = [0.01, 0.02, 0.06]
     runs = [make_run(tmp_path / str(i), seed=i, results=tdec_results(el, 31.0)) for i, el in enumerate(values)]

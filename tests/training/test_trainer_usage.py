@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,18 @@ def test_a_finished_run_loads_its_best_model_again(tmp_path):
     again.train(resume_from_checkpoint=True)
     expected = trained_weights(done.model)
     assert all(torch.equal(weight, expected[name]) for name, weight in trained_weights(again.model).items())
+
+
+@pytest.mark.parametrize("packing", ["always", "never"])
+@pytest.mark.parametrize("pad", [0, 9])
+def test_tokens_are_counted_without_padding(tmp_path, packing, pad):
+    """Whichever token pads, and also where a sequence has that token in it."""
+    forget = [{"input_ids": [pad] * length, "labels": [5] * length} for length in (60, 10, 60, 10)]
+    made = trainer(with_adapter(causal_lm("llama")), tmp_path, forget, method="ga", packing=packing, max_steps=2)
+    made.args.include_num_input_tokens_seen = "non_padding"
+    made.processing_class = SimpleNamespace(pad_token_id=pad)
+    made.train()
+    assert made.state.num_input_tokens_seen == 140
 
 
 @pytest.mark.parametrize(("method", "role"), [("npo", Role.RETAIN), ("ga", Role.RETAIN), ("dpo", Role.FORGET)])

@@ -45,7 +45,7 @@ class BenchmarkOptions:
     text: str | None = option(None, "source whose perplexity is measured, such as wikitext2:validation")
     unseen: str | None = option(None, "tdec: sequences never trained on, whose EL_10 and MA are the goal: tdec[32:64]")
     el_threshold: float | None = option(None, "tdec: the goal for EL_10, where it is not measured on --unseen")
-    ma_threshold: float | None = option(None, "tdec: the goal for MA")
+    ma_threshold: float | None = option(None, "tdec: the goal for MA, likewise")
     retain_log: str | None = option(None, "tofu: log of the model trained without the forget set, for forget quality")
 
 
@@ -135,13 +135,13 @@ class Benchmark:
         return self.goal is not None and self.goal.reached(metrics)
 
     def _goal(self, model: nn.Module) -> TdecThresholds:
-        """As given, else as measured on unseen sequences."""
-        given = self.options.el_threshold, self.options.ma_threshold
-        if None not in given:
-            return TdecThresholds(*given)
-        if given != (None, None) or self.options.unseen is None:
+        """As measured on unseen sequences where there are some, else as given, in a preset for example."""
+        unseen, given = self.options.unseen, (self.options.el_threshold, self.options.ma_threshold)
+        if unseen is not None:
+            return tdec_thresholds(model, sequences_of(self.sources.examples(unseen), unseen))
+        if None in given:
             raise CommandError("--benchmark tdec needs --unseen, or both of --el_threshold and --ma_threshold")
-        return tdec_thresholds(model, sequences_of(self.sources.examples(self.options.unseen), self.options.unseen))
+        return TdecThresholds(*given)
 
     def _tdec(self, model: nn.Module) -> dict[str, float]:
         """EL_10 takes far longer than MA, and both must come down: so but for the first time it waits for MA."""

@@ -91,7 +91,8 @@ def _tdec(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRun, run
     sequences = sequences_of(sources.examples(evaluate.forget), evaluate.forget)
 
     def measure() -> dict[str, float]:
-        for part in sequences[len(run.lines()) :].split(_SEQUENCES):
+        for begin in range(len(run.lines()), len(sequences), _SEQUENCES):
+            part = sequences[begin : begin + _SEQUENCES]
             accuracies = memorization_accuracy(model, part).tolist()
             likelihoods = extraction_likelihood(model, part, show_progress_bar=True).tolist()
             for ma, el in zip(accuracies, likelihoods, strict=True):

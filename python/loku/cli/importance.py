@@ -66,12 +66,25 @@ def row_weights(
     show_progress_bar: bool = True,
 ) -> FilaStateDict:
     """The importance pass on the base model, to ``path``; under torch.distributed each rank takes its share of the
-    batches.
+    batches. Where an earlier start of the run has come to its end, what that found.
 
     Kept with the row weights, in ``importance``: the seconds that it takes, those of its last start, and which the
-    forget set was.
+    two sets were.
+
+    Raises CommandError if they were others.
     """
     started = time.perf_counter()
+    sets = {"forget": digest([forget]), "retain": digest([retain])}
+    if path.exists():
+        with blaming(str(path)):
+            state = FilaStateDict.load(path)
+        for name, found in sets.items():
+            if state.importance.get(name) != found:
+                raise CommandError(
+                    f"{path}, of an earlier start of the run, is not for what --{name} holds now: choose another "
+                    "--output_dir"
+                )
+        return state
     data = importance_batches(forget, retain, options.fisher_retain_size, options.fisher_batch_tokens, pad, seed)
     checkpoint = ImportanceCheckpoint(
         path.with_name(f"{path.stem}-begun.safetensors"), 60 * options.fisher_save_minutes, digest(data)
@@ -83,7 +96,7 @@ def row_weights(
     settings = {"peft_config": peft_config, "show_progress_bar": show_progress_bar, "checkpoint": checkpoint}
     with blaming("importance", FloatingPointError):  # gradients that are not finite, or zero throughout
         state = get_fila_state_dict(model, *data, fila_config(options), **settings)
-    state.importance |= {"forget": digest([forget]), "seconds": round(time.perf_counter() - started, 3)}
+    state.importance |= {**sets, "seconds": round(time.perf_counter() - started, 3)}
     if PartialState().is_main_process:
         state.save(path)
         checkpoint.remove()
@@ -118,10 +131,7 @@ def main(argv: list[str]) -> None:
     config = as_dict(*parsed)
     run.begin(config, config.keys() - _WHERE)
     path = run / "importance.safetensors"
-    if path.exists():
-        state = FilaStateDict.load(path)
-    else:
-        state = row_weights(model, forget, retain, adapter, options, tokenizer.pad_token_id, asked.seed, path, first)
+    state = row_weights(model, forget, retain, adapter, options, tokenizer.pad_token_id, asked.seed, path, first)
     if first:
         write_json_lines(run / "metrics.jsonl", map(_line, state.items()))
         run.write_results({"modules": len(state), "seconds": state.importance["seconds"]})

@@ -166,16 +166,17 @@ def _row_weights(
     args: UnlearnConfig,
 ) -> FilaStateDict:
     """From the file given, or from an earlier start of this run, or computed and kept."""
-    if options.importance is not None and not Path(options.importance).exists():
-        raise CommandError(f"--importance {options.importance} does not exist; `loku importance` writes one")
-    path = Path(options.importance or run / "importance.safetensors")
-    if path.exists():
-        with blaming(f"--importance {path}"):
-            state = FilaStateDict.load(path)
-            if options.importance is not None:
-                check_importance(state, options, data.forget)
-            return state
-    return row_weights(model, data.forget, data.retain, adapter, options, pad, args.seed, path, not args.disable_tqdm)
+    if options.importance is None:
+        path = run / "importance.safetensors"
+        return row_weights(
+            model, data.forget, data.retain, adapter, options, pad, args.seed, path, not args.disable_tqdm
+        )
+    if not Path(options.importance).is_file():
+        raise CommandError(f"--importance {options.importance} is no file; `loku importance` writes one")
+    with blaming(f"--importance {options.importance}"):
+        state = FilaStateDict.load(options.importance)
+        check_importance(state, options, data.forget)
+    return state
 
 
 def _finish(

@@ -86,6 +86,7 @@ class UnlearningCollator:
       same sequence has a label.
     - ``targets`` (K,) int64: those labels.
     - ``row_sequences`` (K,) int64: the number of the sequence.
+    - ``tokens`` (1,) int64: how many there are without padding, of which packed rows have no mask.
 
     `MODEL_INPUTS` names what of it a model is called with.
 
@@ -112,7 +113,8 @@ class UnlearningCollator:
                 f"sequence {s} ({sequences[s][0].name.lower()}) has no token to score: no label after its first"
             )
         roles = torch.tensor([role for role, _ in sequences])
-        return {**batch, "roles": roles, "rows": rows, "targets": targets[rows], "row_sequences": row_sequences}
+        scored = {"rows": rows, "targets": targets[rows], "row_sequences": row_sequences}
+        return {**batch, "roles": roles, **scored, "tokens": (numbers >= 0).sum().reshape(1)}
 
 
 def sequences_of(items: Sequence[Mapping[Role, Example]]) -> list[tuple[Role, Example]]:

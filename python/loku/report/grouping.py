@@ -16,7 +16,7 @@ from loku.report.run import Run
 # The seed, and what does not change a run's results: where files are, what is written when.
 _NOT_COMPARED = frozenset(
     {"seed", "data_seed"}
-    | {"data_dir", "importance", "output_dir", "overwrite_output_dir", "logging_dir", "run_name", "local_rank"}
+    | {"data_dir", "output_dir", "overwrite_output_dir", "logging_dir", "run_name", "local_rank"}
     | {"resume", "resume_from_checkpoint", "logging_steps", "report_to", "disable_tqdm"}
     | {"save_strategy", "save_steps", "save_total_limit", "fisher_save_minutes"}
 )

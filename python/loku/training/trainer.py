@@ -176,6 +176,10 @@ class UnlearningTrainer(Trainer):
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
+    def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
+        """Packed rows have no mask, and their padding may be any token."""
+        super()._track_num_input_tokens({**inputs, "attention_mask": inputs["tokens"]})
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Raises OSError where it cannot be written; those written before are whole."""
         with writing(self.args.output_dir):
