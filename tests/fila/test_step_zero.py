@@ -122,6 +122,35 @@ def test_a_mixed_batch_over_a_residual():
     assert torch.equal(logits(model), alone)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("mode", ["residual", "shadow"])
+def test_a_scaled_adapter_is_so_much_of_what_was_trained(family, mode):
+    """W + c s (B A - B0 A0) after PEFT's scale_layer(c): live, off, merged, in a mixed batch, and unloaded."""
+    base = build(family, torch.float64)
+    model = started(base, mode)
+    train(model)
+    expected = copy.deepcopy(base)
+    for name, layer in lora_layers(model, "default").items():
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        change = 0.5 * layer.scaling["default"] * (b.weight @ a.weight - b.initial @ a.initial)
+        weight = expected.get_submodule(name).weight
+        weight.data += change.T if family == "gpt2" else change
+        layer.scale_layer(0.5)
+    assert_logits(model, logits(expected))
+    with model.disable_adapter():
+        assert_logits(model, logits(base))
+    if mode == "residual":
+        mixed = model(token_ids(), adapter_names=["default", "__base__", "default"]).logits
+        rows = torch.stack([logits(expected)[0], logits(base)[1], logits(expected)[2]])
+        torch.testing.assert_close(mixed, rows, rtol=0, atol=1e-10)
+    assert_logits(copy.deepcopy(model).merge_and_unload(), logits(expected))
+    assert_logits(copy.deepcopy(model).unload(), logits(base))
+    model.merge_adapter()
+    assert_logits(model, logits(expected))
+    with model.disable_adapter():
+        assert_logits(model, logits(base))
+
+
 def test_a_residual_without_its_adapter_is_refused():
     model = started(build("llama"))
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))

@@ -23,6 +23,7 @@ class ResidualLinear(LoraLinear):
     """PEFT's LoRA layer, over W - s B0 A0. Layers become it where they are."""
 
     residual_of: str  # the adapter that W - s B0 A0 belongs to
+    residual_scaling: float  # s; PEFT's scale_layer changes the adapter's own
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """RuntimeError if the adapter was deleted."""
@@ -30,13 +31,14 @@ class ResidualLinear(LoraLinear):
         output = super().forward(x, *args, **kwargs)
         names = kwargs.get("adapter_names")
         on = self.residual_of in self.active_adapters or self.residual_of in self.merged_adapters
-        if names is None and on and not self.disable_adapters:
-            return output
-        initial = (linear(linear(x.to(a.dtype), a), b) * self.scaling[self.residual_of]).to(output.dtype)
-        if names is not None and not self.disable_adapters:  # each row of the batch names its adapter
-            off = [[name != self.residual_of] for name in names]
-            initial = initial * output.new_tensor(off).reshape(-1, *[1] * (output.dim() - 1))
-        return output + initial
+        if names is None or self.disable_adapters:
+            missing = self._missing(on and not self.disable_adapters)
+            if missing == 0:
+                return output
+        else:  # each row of the batch names its adapter
+            rows = [self._missing(name == self.residual_of) for name in names]
+            missing = a.new_tensor(rows).reshape(-1, *[1] * (output.dim() - 1))
+        return output + (linear(linear(x.to(a.dtype), a), b) * missing).to(output.dtype)
 
     @torch.no_grad()
     def unload_and_optionally_merge_module(
@@ -46,9 +48,14 @@ class ResidualLinear(LoraLinear):
         initial = self._initial()
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if self.residual_of not in self.merged_adapters:
-            _subtract(self, initial, -self.scaling[self.residual_of], self.get_base_layer().weight.dtype)
+        missing = self._missing(self.residual_of in self.merged_adapters)
+        if missing != 0:
+            _subtract(self, initial, -missing, self.get_base_layer().weight.dtype)
         return self.get_base_layer()
+
+    def _missing(self, on: bool) -> float:
+        """How much of B0 A0 is to be added for W, or with the adapter ``on``, for W + its scaling * (B A - B0 A0)."""
+        return self.residual_scaling - (self.scaling[self.residual_of] if on else 0.0)
 
     def _initial(self) -> Factors:
         name = self.residual_of
@@ -69,7 +76,7 @@ def subtract_initial(layer: LoraLinear, adapter_name: str, initial: Factors, dty
     own = base.weight.dtype
     _subtract(layer, initial, layer.scaling[adapter_name], dtype or own)
     layer.__class__ = ResidualLinear
-    layer.residual_of = adapter_name
+    layer.residual_of, layer.residual_scaling = adapter_name, layer.scaling[adapter_name]
     if base.weight.dtype != own:
         if base.bias is not None:
             base.bias.data = base.bias.data.to(base.weight.dtype)
