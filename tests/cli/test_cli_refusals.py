@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
@@ -161,11 +162,26 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
         (("--seed", "-1"), "--seed must be from 0 to 2**32 - 1, but is -1"),
         (("--fisher_batch_tokens", "0"), "--fisher_batch_tokens must be positive, but is 0"),
         (("--eval_on_start", "true"), "--eval_on_start must be false, as the trainer has no evaluation set"),
+        (("--resume_from_checkpoint", "there"), "--resume_from_checkpoint must be left out: --resume goes on from"),
         (("--lr_scheduler_type", "warmup_stable_decay"), "--lr_scheduler_type warmup_stable_decay with"),
         (("--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"end": 1}'), "unexpected keyword argument 'end'"),
     ],
 )
 def test_options_that_do_not_fit(unlearn_refused, options, message):
+    assert message in unlearn_refused(*options)
+
+
+@pytest.mark.parametrize(
+    ("options", "package", "message"),
+    [
+        (("--optim", "adamw_bnb_8bit"), "bitsandbytes", "--optim adamw_bnb_8bit"),
+        (("--report_to", "wandb"), "wandb", "--report_to wandb"),
+        (("--attn_implementation", "flash_attention_2"), "flash_attn", "--model"),
+    ],
+)
+def test_packages_that_are_not_installed(unlearn_refused, options, package, message):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
     assert message in unlearn_refused(*options)
 
 

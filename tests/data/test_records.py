@@ -97,6 +97,8 @@ def test_own_files(tmp_path):
         (b"[]", "holds no records"),
         (b'{"text": "a"}\n{"text": "b', r"mine.jsonl, line 2: not valid JSON \(Unterminated string"),
         (b'{"text": "a"}\n\n{"text": "b"}{}\n', "line 3: not valid JSON"),
+        (b'{"text": "a"}\n{"n": ' + b"1" * 5000 + b"}\n", "line 2: not to be read"),
+        (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n", "line 1: not to be read"),
         (b'{"text": "a"}\n3\n', "line 2: expected a JSON object, got int"),
         (b'{"text": "a"}\n{"text": "\xff"}', "not UTF-8"),
         (b'{"text": "a"}\n{"question": "b"}\n', r"line 2: expected question and answer, .* keys \['question'\]"),
@@ -251,7 +253,7 @@ def test_published_data():
 
 def test_refusals(tmp_path):
     path = tmp_path / "refusals.txt"
-    path.write_text("No idea.\n\n  Pass. \n", encoding="utf-8")
+    path.write_text("No idea.\n\n  Pass. \n", encoding="utf-8-sig")
     refusals = load_refusals(path)
     assert refusals == ["No idea.", "Pass."]
     preferred = with_refusals(QA * 10, refusals, seed=1)

@@ -13,6 +13,7 @@ from datasets import Dataset
 from fila_models import FAMILIES, adapted, build, logits, some_state, token_ids, train
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -274,6 +275,19 @@ def test_a_base_without_some_of_the_modules_is_refused(tmp_path):
     for carrying in (model, model.get_base_model()):
         with pytest.raises(TypeError, match=r"must be the unmodified base model, .* carries adapters"):
             load_fila_adapter(carrying, tmp_path)
+
+
+def test_a_base_whose_adapter_could_not_be_read_can_be_used_again(tmp_path):
+    base = build("llama")
+    model = trained(base)
+    save_fila_adapter(model, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    whole, other = weights.read_bytes(), copy.deepcopy(base)
+    weights.write_bytes(whole[:-20])
+    with pytest.raises(SafetensorError):
+        load_fila_adapter(other, tmp_path)
+    weights.write_bytes(whole)
+    torch.testing.assert_close(logits(load_fila_adapter(other, tmp_path).eval()), logits(model.eval()))
 
 
 def test_another_residual_is_refused(tmp_path):

@@ -217,6 +217,7 @@ def test_no_runs_are_refused(runs, tmp_path):
 def test_the_command_tells_of_a_seed_that_comes_twice(tmp_path, capsys):
     folders = [make_run(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 1), ("c", 1))]
     folders.append(make_run(tmp_path / "d", seed=1, method="gd"))  # in a group of its own
+    folders.append(folders[0])  # which counts once
     main(["--output", str(tmp_path / "report"), "--runs", *map(str, folders)])
     warnings = capsys.readouterr().err.splitlines()
     assert warnings == ["loku: warning: 2 runs of loku have the seed 1: their spread is not that over seeds"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from loku.cli.errors import CommandError, blaming, warn
 
@@ -30,11 +31,13 @@ _INTERVAL = _Check(
     "epoch or a number of steps", lambda value: value == "epoch" or (value.isdecimal() and int(value) > 0)
 )
 _UNSET = _Check("false, as the trainer has no evaluation set", lambda value: not value)
+_BY_RESUME = _Check("left out: --resume goes on from the last checkpoint in --output_dir", lambda value: not value)
 
 _CHECKS = {
     "limit": _POSITIVE,
     "evaluate_every": _INTERVAL,
     "eval_on_start": _UNSET,
+    "resume_from_checkpoint": _BY_RESUME,
     "el_threshold": _FINITE,
     "ma_threshold": _FINITE,
     "max_length": _LENGTH,
@@ -96,11 +99,17 @@ def warn_of_unused(command: str, values: Mapping[str, Any], defaults: Mapping[st
             warn(f"--{name} is for --benchmark {' and '.join(benchmarks)}, and has no effect with {chosen}")
 
 
-def check_schedule(args: TrainingArguments) -> None:
-    """Make the learning-rate schedule, which the trainer does only once it trains.
+def check_training(args: TrainingArguments) -> None:
+    """Make what the trainer makes only once it trains: optimiser, learning-rate schedule, and what reports.
 
-    Raises CommandError if --lr_scheduler_kwargs lack what it needs, or have what it does not know.
+    Raises CommandError if a package for one is not installed, or --lr_scheduler_kwargs lack what the schedule needs or
+    have what it does not know.
     """
+    with blaming(f"--report_to {' '.join(args.report_to)}", RuntimeError, ImportError):
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()
+    with blaming(f"--optim {args.optim.value}", ImportError):
+        Trainer.get_optimizer_cls_and_kwargs(args)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     steps = max(args.max_steps, 1)
     kind = args.lr_scheduler_type

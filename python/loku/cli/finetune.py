@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import set_seed
 
-from loku.cli.checks import check_schedule
+from loku.cli.checks import check_training
 from loku.cli.data import Tokenised
 from loku.cli.errors import CommandError, blaming
 from loku.cli.models import held_whole, load_model, load_tokenizer, model_from_config
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         raise CommandError("--train is required: TOFU splits, tdec[0:32], wikitext2:train, or .jsonl files")
     if (model_options.model is None) == (finetune.model_config is None):
         raise CommandError("give one of --model and --model_config")
-    check_schedule(args)
+    check_training(args)
     outputs = ("model", "checkpoint-*")
     run = RunFolder(args.output_dir, finetune.resume, args.process_index == 0, outputs, model_options)
 

@@ -41,7 +41,7 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
     arguments = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     if options.attn_implementation is not None:
         arguments["attn_implementation"] = options.attn_implementation
-    with blaming(f"--model {options.model}"):
+    with blaming(f"--model {options.model}", ImportError):  # of an attention that is not installed, for example
         model = AutoModelForCausalLM.from_pretrained(options.model, **arguments)
     for place, adapter in enumerate(options.adapter or []):
         with blaming(f"--adapter {adapter}", RuntimeError):  # torch's, for weights of other shapes

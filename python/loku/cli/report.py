@@ -12,6 +12,7 @@ from loku.cli.errors import CommandError, blaming, warn
 from loku.cli.options import option, parse
 from loku.report import Run, summary_table, write_report
 from loku.report.grouping import group_runs
+from loku.report.tables import load_runs
 
 
 @dataclass
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
     if not options.runs:
         raise CommandError("--runs is required: one run folder or several")
     with blaming():
-        runs = [Run.load(folder) for folder in options.runs]
+        runs = load_runs(options.runs)
     _warn_of_repeated(runs)
     write_report(runs, options.output, title=options.title)
     Console().print(summary_table(runs))
@@ -38,6 +39,6 @@ def main(argv: list[str]) -> None:
 
 def _warn_of_repeated(runs: Sequence[Run]) -> None:
     for group in group_runs(runs):
-        for seed, count in Counter(group.seeds).items():
+        for seed, count in Counter(map(str, group.seeds)).items():
             if count > 1:
                 warn(f"{count} runs of {group.label} have the seed {seed}: their spread is not that over seeds")

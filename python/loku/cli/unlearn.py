@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from loku.cli.benchmarks import Benchmark, BenchmarkOptions
-from loku.cli.checks import check_schedule
+from loku.cli.checks import check_training
 from loku.cli.data import Tokenised, count_shared
 from loku.cli.errors import CommandError, blaming, warn
 from loku.cli.importance import check_importance, fila_config, row_weights
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     method = args.unlearning_method()
     measured = method.fila and importance.importance is None  # which compares the two sets, whatever the loss does
     _check_sources(unlearn, (*method.roles, Role.RETAIN) if measured else method.roles)
-    check_schedule(args)
+    check_training(args)
     outputs = ("adapter", "checkpoint-*", "report")
     run = RunFolder(args.output_dir, unlearn.resume, args.process_index == 0, outputs, model_options)
 
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     costs = {}
     if state is not None:
         started = time.perf_counter()
-        with blaming():
+        with blaming(importance.importance and f"--importance {importance.importance}"):
             initialize_lora_fila_weights(
                 model, state, config=fila_config(importance), show_progress_bar=not args.disable_tqdm
             )

@@ -54,3 +54,5 @@ def _parse(text: str, path: Path, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, {where}: not valid JSON ({error.msg} at character {error.pos})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        raise ValueError(f"{path}, {where}: not to be read ({error})") from error

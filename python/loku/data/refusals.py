@@ -28,7 +28,7 @@ def load_refusals(path: str | Path) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: it has no lines.
     """
-    refusals = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    refusals = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not refusals:
         raise ValueError(f"{path}: the file holds no refusals")
     return refusals

@@ -113,6 +113,7 @@ def load_fila_adapter(
     record = json.loads(record_path.read_text())
     config = config or _config(record["config"])
     _check_record(base_model, record, path)
+    stored = load_peft_weights(str(path), device="cpu")  # before base_model is changed
     model = get_peft_model(base_model, live_config(LoraConfig.from_pretrained(path), record), adapter_name=adapter_name)
     layers = lora_layers(model, adapter_name)
     check_whole(layers)
@@ -122,7 +123,6 @@ def load_fila_adapter(
         except ValueError:
             model.unload()
             raise
-    stored = load_peft_weights(str(path), device="cpu")
     initial = {
         name: initial_factors(*(stored[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")) for name in layers
     }
