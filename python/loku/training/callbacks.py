@@ -161,4 +161,5 @@ class EvaluationCallback(TrainerCallback):
     @property
     def _number(self) -> int:
         """Its place among the trainer's evaluations."""
-        return [known for known in self.trainer.callback_handler.callbacks if type(known) is type(self)].index(self)
+        callbacks = self.trainer.callback_handler.callbacks
+        return [known for known in callbacks if isinstance(known, EvaluationCallback)].index(self)
