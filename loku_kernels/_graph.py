@@ -6,8 +6,11 @@ from torch import Tensor
 
 # They give memory that an earlier operation filled another shape.
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
-# What needs its operands to be differentiated, and not its result.
-_PRODUCTS = ("MmBackward0", "AddmmBackward0", "LinearBackward0", "ToCopyBackward0")
+# What a head ends with whose gradient is formed from its operands, if from anything.
+_SPARING = (
+    *("MmBackward0", "AddmmBackward0", "LinearBackward0", "ToCopyBackward0"),
+    *("MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0"),
+)
 
 
 def is_compiled(tensor: Tensor) -> bool:
@@ -15,9 +18,9 @@ def is_compiled(tensor: Tensor) -> bool:
     return "Compiled" in _producer(tensor)
 
 
-def is_product(tensor: Tensor) -> bool:
-    """Whether a linear layer computed it, so that its own gradient does not need it any more."""
-    return _producer(tensor) in _PRODUCTS
+def gradient_spares(tensor: Tensor) -> bool:
+    """Whether what computed it, a linear layer for example, forms its own gradient without it."""
+    return _producer(tensor) in _SPARING
 
 
 def _producer(tensor: Tensor) -> str:

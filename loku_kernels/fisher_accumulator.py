@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from loku_kernels import gemm
 from loku_kernels._fisher_batch import Batch, joined, read_batch
 from loku_kernels._fisher_layers import Layer, find_layers, in_groups, measured
-from loku_kernels._graph import is_product
+from loku_kernels._graph import gradient_spares
 from loku_kernels._taps import as_computed, keep, kept, require_grad
 from loku_kernels.losses import fused_cross_entropy
 from loku_kernels.ops import fisher as ops
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 def sum_of_token_losses(model: nn.Module, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
     """The summed negative log-likelihood of ``targets``, each token's next one, from the ``logits`` of the model."""
     logits = model(**inputs).logits
-    return fused_cross_entropy(logits, targets, reduction="sum", inplace=is_product(logits))
+    return fused_cross_entropy(logits, targets, reduction="sum", inplace=gradient_spares(logits))
 
 
 class NoLabelsError(RuntimeError):

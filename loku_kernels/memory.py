@@ -26,7 +26,7 @@ _LARGEST_WASTE = 1.25
 
 # Each block with the view of it that a tensor holds as long as anything refers to that tensor's memory.
 _blocks: dict[mmap.mmap, weakref.ref[memoryview]] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # a destructor that the garbage collector runs in here may call empty_cache
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -48,7 +48,7 @@ def empty_cache() -> None:
 
 
 def _idle_block(n_bytes: int) -> mmap.mmap | None:
-    for block, user in _blocks.items():
+    for block, user in list(_blocks.items()):
         if n_bytes <= len(block) <= _LARGEST_WASTE * n_bytes and user() is None:
             return block
     return None
@@ -65,4 +65,4 @@ def _new_block(n_bytes: int) -> mmap.mmap:
 def _release_idle_blocks() -> None:
     for block, user in list(_blocks.items()):
         if user() is None:
-            del _blocks[block]
+            _blocks.pop(block, None)

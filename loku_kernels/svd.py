@@ -130,6 +130,8 @@ class _Weighted:
             lengths = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float64)
         lengths = lengths.double() * row_weight.double()
         longest = float(lengths.max()) or 1.0
+        if not longest < float("inf"):
+            raise ValueError("row_weight times the norm of a row of weight is beyond float64: scale row_weight")
         self.scale *= longest
         self.row_weight = torch.where(lengths > 0, row_weight.double() / longest, 0.0).to(weight.dtype)
         self.norm = float(torch.linalg.vector_norm(lengths / longest))

@@ -70,6 +70,15 @@ def test_empty_is_an_ordinary_tensor(dtype):
     assert out.sum(dtype=torch.float64).item() == 2.0 * out.numel()
 
 
+def test_a_destructor_may_empty_the_cache(monkeypatch):
+    """Run by the garbage collector while memory is being found."""
+    step(torch.randn(SHAPE), torch.zeros(SHAPE[0], dtype=torch.int64))
+    find = memory._new_block
+    monkeypatch.setattr(memory, "_new_block", lambda n_bytes: (lk.empty_cache(), find(n_bytes))[1])
+    out = memory.empty((3, *SHAPE), torch.float32, torch.device("cpu"))
+    assert [len(block) for block in memory._blocks] == [out.nbytes]
+
+
 def test_small_tensors_come_from_torch():
     memory.empty((1000,), torch.float32, torch.device("cpu"))
     assert not memory._blocks

@@ -436,6 +436,11 @@ def test_choice_by_shape():
             ValueError,
             "singular value.*outside",
         ),
+        (
+            {"row_weight": torch.ones(6).double() * 1e300, "weight": torch.ones(6, 5) * 1e10},
+            ValueError,
+            "beyond float64",
+        ),
         ({"row_weight": torch.ones(5)}, ValueError, r"row_weight must have the shape \(6,\)"),
         ({"row_weight": torch.ones(6, dtype=torch.int64)}, TypeError, "row_weight"),
         ({"row_weight": torch.ones(6, device="meta")}, ValueError, "row_weight"),

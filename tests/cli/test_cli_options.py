@@ -31,6 +31,7 @@ from loku.cli.options import (
     parse,
     preset_names,
 )
+from loku.cli.settings_files import dump, parsed
 from loku.training import UnlearnConfig
 
 UNLEARN = [
@@ -94,8 +95,21 @@ def test_numbers_as_json_and_python_write_them(yaml_file):
     (config,) = parse("test", [UnlearnConfig], ["--config", str(path), *CPU], "A test.")
     assert config.lr_scheduler_kwargs == {"min_lr": 1e-5} and config.learning_rate == 2e-5
     assert config.run_name == "0123" and config.data_seed == 10
-    path.write_text('{\n\t"rank": 8,\n\t"alpha": 1e-03\n}\n')  # YAML has no tabs
-    assert sizes("--config", path) == Sizes(8, 1e-3)
+    path.write_text('{\n\t"rank": 8,\n\t"alpha": 1,\n\t"output_dir": 12\n}\n')  # YAML has no tabs
+    assert sizes("--config", path) == Sizes(8, 1.0, output_dir="12")
+
+
+@pytest.mark.parametrize("word", ["1e5", "1.5e5", "-2.E+3", ".5e3", "1", "0123", "no", "2026-11-27", "1_000"])
+def test_words_that_look_like_numbers_survive(word, tmp_path):
+    """Written to a run's config.yaml, they come back as words."""
+    path = tmp_path / "options.yaml"
+    path.write_text(dump({"train": [word], "output_dir": word}))
+    assert sizes("--config", path) == Sizes(train=[word], output_dir=word)
+
+
+@pytest.mark.parametrize("number", ["1e5", "1.5e5", "-2.E+3", ".5e3"])
+def test_numbers_with_exponents(number):
+    assert parsed(f"rope: {{theta: {number}}}")[0] == {"rope": {"theta": float(number)}}
 
 
 def test_config_comes_before_preset(yaml_file):

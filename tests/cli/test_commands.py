@@ -145,6 +145,15 @@ def test_a_models_own_config_is_a_model_config(workshop, family):
     assert type(model) is type(saved) and model.config.to_dict() == {**saved.config.to_dict(), "_name_or_path": ""}
 
 
+def test_a_config_of_an_older_transformers_is_a_model_config(workshop, tmp_path):
+    config = json.loads((workshop / "llama" / "config.json").read_text())
+    older = {"rope_theta": config.pop("rope_parameters")["rope_theta"], "torch_dtype": "float16", "rope_scaling": None}
+    (tmp_path / "config.json").write_text(json.dumps(config | older | {"transformers_version": "4.31.0"}, indent="\t"))
+    tokenizer = AutoTokenizer.from_pretrained(workshop / "tokenizer")
+    model = model_from_config(str(tmp_path / "config.json"), tokenizer, "auto")
+    assert model.config.rope_parameters["rope_theta"] == older["rope_theta"] and model.dtype == torch.float32
+
+
 def test_finetune_goes_on_from_a_model(workshop, loku, folder):
     quick = [*QUICK[: QUICK.index("--rank")], "--learning_rate", "1e-3"]
     loku(

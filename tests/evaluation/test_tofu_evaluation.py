@@ -72,6 +72,7 @@ def test_answers_are_greedy_whatever_is_published_with_the_model(wrapped):
     before = model.generation_config
     if wrapped:
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        model.generation_config = before  # its own, which it hands on
     assert generate_greedily(model, Numbers(0), prompts(), max_length=30) == expected
     assert model.generation_config is before
 

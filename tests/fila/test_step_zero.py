@@ -147,6 +147,11 @@ def test_a_scaled_adapter_is_so_much_of_what_was_trained(family, mode):
     assert_logits(copy.deepcopy(model).unload(), logits(base))
     model.merge_adapter()
     assert_logits(model, logits(expected))
+    for layer in lora_layers(model, "default").values():
+        layer.scale_layer(2)
+    assert_logits(model, logits(expected))  # what is merged stays as it was
+    for layer in lora_layers(model, "default").values():
+        layer.unscale_layer(2)
     with model.disable_adapter():
         assert_logits(model, logits(base))
 

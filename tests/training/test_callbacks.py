@@ -122,17 +122,18 @@ class _KillAtTheEnd(TrainerCallback):
 
 
 @pytest.mark.parametrize("max_steps", [4, 6])
-def test_a_run_broken_off_before_its_last_evaluation_is_measured(tmp_path, max_steps):
-    """In the middle of an epoch, of three steps, and at the end of one, where no other begins."""
-    callback = EvaluationCallback(measured)
+def test_the_last_checkpoint_holds_the_last_evaluation(tmp_path, max_steps):
+    """In the middle of an epoch, of three steps, and at the end of one, where no other begins: measured once."""
+
+    def callbacks(*others):
+        return [*others, EvaluationCallback(measured), JsonLinesCallback(tmp_path / "log.jsonl")]
+
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, [_KillAtTheEnd(), callback], max_steps=max_steps)
+        run(tmp_path, callbacks(_KillAtTheEnd()), max_steps=max_steps)
     for _ in range(2):
-        again = run(tmp_path, [callback], True, max_steps=max_steps)
-        assert [entry["step"] for entry in again.state.log_history if "eval_noise" in entry][-1] == max_steps
-    whole = run(tmp_path, [callback], max_steps=max_steps)
-    steps = [entry["step"] for entry in whole.state.log_history if "eval_noise" in entry]
-    assert steps == sorted({0, 3, max_steps})  # once
+        again = run(tmp_path, callbacks(), True, max_steps=max_steps)
+        for logged in (again.state.log_history, lines(tmp_path / "log.jsonl")):
+            assert [entry["step"] for entry in logged if "eval_noise" in entry] == sorted({0, 3, max_steps})
 
 
 def test_evaluations_know_their_own_metrics(tmp_path):

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from training_setup import causal_lm, sequences, trained_weights, trainer, with_adapter, with_fila
 from transformers import BloomConfig, BloomForCausalLM, TrainerCallback
 
@@ -267,8 +267,16 @@ def test_models_that_do_not_serve(tmp_path):
         ValueError, match=r"method 'npo' compares .* lacks 'default' too, which is active and not trained"
     ):
         trainer(stacked, tmp_path, FORGET, method="npo")
-    kept = with_adapter(causal_lm("llama"), modules_to_save=["norm"])  # a copy, which is off with the adapter
-    assert trainer(kept, tmp_path, FORGET, method="npo").method.reference
+    for parameter in stacked.parameters():
+        parameter.requires_grad_(False)
+    assert trainer(stacked, tmp_path, FORGET, method="npo").method.reference  # to evaluate, or told of when it trains
+    for options in ({"modules_to_save": ["norm"]}, {"trainable_token_indices": [1, 2]}, {"use_dora": True}):
+        kept = with_adapter(causal_lm("llama"), **options)  # copies, which are off with the adapter
+        assert trainer(kept, tmp_path, FORGET, method="npo").method.reference
+    named = get_peft_model(causal_lm("llama"), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="norm")
+    named.get_base_model().model.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm\.weight of the base is trained too"):
+        trainer(named, tmp_path, FORGET, method="npo")
     with pytest.raises(ValueError, match=r"method 'kl' compares .* bias='lora_only' .* set it to 'none'"):
         trainer(biased, tmp_path, *DATA, method="kl")
     for model in (base, with_adapter(base)):

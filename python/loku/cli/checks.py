@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from loku.cli.errors import CommandError, blaming, warn
@@ -99,17 +99,24 @@ def warn_of_unused(command: str, values: Mapping[str, Any], defaults: Mapping[st
             warn(f"--{name} is for --benchmark {' and '.join(benchmarks)}, and has no effect with {chosen}")
 
 
-def check_training(args: TrainingArguments) -> None:
-    """Make what the trainer makes only once it trains: optimiser, learning-rate schedule, and what reports.
-
-    Raises CommandError if a package for one is not installed, or --lr_scheduler_kwargs lack what the schedule needs or
-    have what it does not know.
-    """
+def check_reporters(args: TrainingArguments) -> None:
+    """Raises CommandError if the package for one is not installed, of which the trainer would only tell much later."""
     with blaming(f"--report_to {' '.join(args.report_to)}", RuntimeError, ImportError):
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
+
+
+def check_optimizer(args: TrainingArguments, model: PreTrainedModel) -> None:
+    """Raises CommandError if its package is not installed, or it does not fit the model."""
     with blaming(f"--optim {args.optim.value}", ImportError):
-        Trainer.get_optimizer_cls_and_kwargs(args)
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Make the learning-rate schedule, which the trainer does only once it trains.
+
+    Raises CommandError if --lr_scheduler_kwargs lack what it needs, or have what it does not know.
+    """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     steps = max(args.max_steps, 1)
     kind = args.lr_scheduler_type

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loku.cli import finetune, report, unlearn
 from loku.cli.errors import CommandError, blaming
-from loku.cli.options import as_dict, option, parse, read_mapping
+from loku.cli.options import as_dict, option, parse
 from loku.cli.run_folder import RunFolder, run_stage
+from loku.cli.settings_files import read_mapping
 from loku.data import PROMPTS
 from loku.demo.people import Person, invent
 from loku.demo.tokenizer import train_tokenizer

@@ -79,7 +79,7 @@ def row_weights(
         with blaming(str(path)):
             state = FilaStateDict.load(path)
         for name, found in sets.items():
-            if state.importance.get(name) != found:
+            if state.importance.get(name) not in (None, found):
                 raise CommandError(
                     f"{path}, of an earlier start of the run, is not for what --{name} holds now: choose another "
                     "--output_dir"

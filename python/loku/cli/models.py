@@ -24,7 +24,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.pytorch_utils import Conv1D
 
 from loku.cli.errors import CommandError, blaming
-from loku.cli.options import AdapterOptions, ModelOptions, read_mapping
+from loku.cli.options import AdapterOptions, ModelOptions
+from loku.cli.settings_files import read_mapping
 from loku.fila.saving import check_fila_base
 
 _ATTENTION = ("attn", "attention")
@@ -93,11 +94,11 @@ def model_from_config(path: str, tokenizer: PreTrainedTokenizerBase, dtype: str)
     with blaming(f"--model_config {path}", StrictDataclassError, KeyError, TypeError):
         known = AutoConfig.for_model(values["model_type"])
         unknown = [key for key in values if key not in {*known.to_dict(), *known.attribute_map}]
-        if unknown:
+        if unknown and "transformers_version" not in values:  # which has written it, with keys of its time
             raise CommandError(f"--model_config {path}: a {values['model_type']} has no {', '.join(unknown)}")
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **values})
-        dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=chosen)
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:

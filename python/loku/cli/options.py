@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from loku.cli.checks import check_values, warn_of_unused
 from loku.cli.errors import CommandError, blaming
+from loku.cli.settings_files import parsed, read_with_words
 
 
 def option(default: Any, help: str) -> Any:
@@ -104,7 +102,7 @@ def parse(command: str, option_types: list[type], argv: list[str], description: 
         description=description,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="YAML file of options")
+    parser.add_argument("--config", help="YAML or JSON file of options")
     parser.add_argument("--preset", help=f"published settings: {', '.join(preset_names())}")
     known = {name: hint for option_type in option_types for name, hint in _types(option_type).items()}
     defaults = {name: parser.get_default(name) for name in known}
@@ -180,7 +178,7 @@ def _presets() -> Any:
 def _preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise CommandError(f"--preset must be one of {', '.join(preset_names())}, but is {name!r}")
-    return yaml.safe_load((_presets() / f"{name}.yaml").read_text())
+    return parsed((_presets() / f"{name}.yaml").read_text())[0]
 
 
 def _given(parser: HfArgumentParser, values: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
@@ -199,47 +197,17 @@ def _given(parser: HfArgumentParser, values: Mapping[str, Any], known: Mapping[s
 
 
 def _read_options(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    values = read_mapping(path, "--config")
+    values, words = read_with_words(path, "--config")
     for key in values:
         if key not in known:
             raise CommandError(f"--config {path}: {_unknown(str(key), known)}")
     # YAML takes a bare no for False and 0123 for 83, but where text is meant they are words: as they were written.
-    misread = [key for key, value in values.items() if _is_misread(value, str(known[key]))]
-    if misread:
-        nodes = yaml.compose(path.read_text(), _Loader).value
-        values |= {key.value: node.value for key, node in nodes if key.value in misread}
-    return values
+    return {key: words.get(key, value) if _is_misread(value, known[key]) else value for key, value in values.items()}
 
 
-def _is_misread(value: Any, hint: str) -> bool:
-    return not isinstance(value, (str, list, dict, type(None))) and type(value).__name__ not in hint
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML to which 1e-5 is a number, as it is to JSON and to Python."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_mapping(path: str | Path, option: str) -> dict[str, Any]:
-    """A YAML or JSON file that holds a mapping. Raises CommandError, which names ``option``, if it is none."""
-    if not Path(path).is_file():
-        raise CommandError(f"{option} must be a YAML file, but {path} does not exist")
-    with blaming(f"{option} {path} is not valid YAML", yaml.YAMLError):
-        values = _parsed(Path(path).read_text())
-    if not isinstance(values, dict):
-        raise CommandError(f"{option} {path} must hold a mapping, but holds a {type(values).__name__}")
-    return values
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)  # which may be indented by tabs, as YAML may not
-    except ValueError:
-        return yaml.load(text, _Loader)
+def _is_misread(value: Any, hint: Any) -> bool:
+    is_single = not isinstance(value, (str, list, dict, type(None)))
+    return is_single and type(value) not in (get_args(hint) or (hint,))
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

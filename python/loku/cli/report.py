@@ -39,6 +39,6 @@ def main(argv: list[str]) -> None:
 
 def _warn_of_repeated(runs: Sequence[Run]) -> None:
     for group in group_runs(runs):
-        for seed, count in Counter(map(str, group.seeds)).items():
+        for seed, count in Counter(str(seed) for seed in group.seeds if seed is not None).items():
             if count > 1:
                 warn(f"{count} runs of {group.label} have the seed {seed}: their spread is not that over seeds")

@@ -10,11 +10,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainerState
 
 from loku.cli.errors import CommandError, warn
-from loku.cli.options import ModelOptions, read_mapping
+from loku.cli.options import ModelOptions
+from loku.cli.settings_files import dump, read_mapping
 from loku.fila.progress import peak_memory
 from loku.files import read_json_lines, replacing, write_json, write_json_lines
 from loku.provenance import commit, hardware, versions
@@ -83,7 +83,7 @@ class RunFolder:
                         f"{plain.get(key)}"
                     )
         with replacing(self / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(plain, sort_keys=False))
+            temporary.write_text(dump(plain))
         write_json(self / "versions.json", {**versions(_PACKAGES), "hardware": hardware(), "commit": commit()})
 
     def _holds_a_run(self) -> bool:

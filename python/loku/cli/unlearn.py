@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from loku.cli.benchmarks import Benchmark, BenchmarkOptions
-from loku.cli.checks import check_training
+from loku.cli.checks import check_optimizer, check_reporters, check_schedule
 from loku.cli.data import Tokenised, count_shared
 from loku.cli.errors import CommandError, blaming, warn
 from loku.cli.importance import check_importance, fila_config, row_weights
@@ -71,10 +72,13 @@ def main(argv: list[str]) -> None:
     ]  # fmt: skip
     options = parse("unlearn", types, argv, main.__doc__)
     model_options, data_options, adapter, importance, benchmark_options, unlearn, args = options
+    if importance.importance is not None:
+        importance.importance = os.path.abspath(importance.importance)  # one file by one name, in reports too
     method = args.unlearning_method()
     measured = method.fila and importance.importance is None  # which compares the two sets, whatever the loss does
     _check_sources(unlearn, (*method.roles, Role.RETAIN) if measured else method.roles)
-    check_training(args)
+    check_schedule(args)
+    check_reporters(args)
     outputs = ("adapter", "checkpoint-*", "report")
     run = RunFolder(args.output_dir, unlearn.resume, args.process_index == 0, outputs, model_options)
 
@@ -82,6 +86,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(model_options)
     with held_whole(args):
         model = load_model(model_options)
+    check_optimizer(args, model)
     sources = Tokenised.of(data_options, tokenizer, model)
     data = _load(sources, unlearn, method.roles, args.seed)
     if run.writes:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ def generate_greedily(
     spread = math.inf if context is None else context - max_length
     batches = _batches([len(ids) for ids in tokens], batch_size, spread)
     answers = [""] * len(prompts)
-    with evaluation_mode(model) as device:
+    with evaluation_mode(model) as device, _without_defaults(model):
         for indices in progress(batches, what, "batch", show_progress_bar):
             found = _continuations(model, [tokens[i] for i in indices], tokenizer.eos_token_id, max_length, device)
             for i, text in zip(indices, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
@@ -114,20 +113,26 @@ def _continuations(
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_length - shortest, eos_token_id=eos, pad_token_id=eos, use_cache=True
     )
-    with _without_defaults(model):
-        out = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)[:, longest:]
+    out = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)[:, longest:]
     return [row[: max_length - len(ids)] for row, ids in zip(out, prompts, strict=True)]
 
 
 @contextmanager
 def _without_defaults(model: nn.Module) -> Iterator[None]:
     """What is published with a model may penalise repetition, say, where nothing else is asked for."""
-    owner = model.get_base_model() if isinstance(model, PeftModel) else model
-    published, owner.generation_config = owner.generation_config, GenerationConfig()
+    published = {module: vars(module)["generation_config"] for module in model.modules() if _has_defaults(module)}
     try:
+        for module in published:
+            module.generation_config = GenerationConfig()
         yield
     finally:
-        owner.generation_config = published
+        for module, defaults in published.items():
+            module.generation_config = defaults
+
+
+def _has_defaults(module: nn.Module) -> bool:
+    """Of its own: wrappers show those of what they wrap."""
+    return "generation_config" in vars(module)
 
 
 def _open_ended(input_ids: list[int], eos: int) -> list[int]:

@@ -7,6 +7,7 @@ initial factors are then added back.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ class ResidualLinear(LoraLinear):
 
     residual_of: str  # the adapter that W - s B0 A0 belongs to
     residual_scaling: float  # s; PEFT's scale_layer changes the adapter's own
+    merged_scaling: float  # as it was when the adapter was merged
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """RuntimeError if the adapter was deleted."""
@@ -40,6 +42,11 @@ class ResidualLinear(LoraLinear):
             missing = a.new_tensor(rows).reshape(-1, *[1] * (output.dim() - 1))
         return output + (linear(linear(x.to(a.dtype), a), b) * missing).to(output.dtype)
 
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        if self.residual_of not in self.merged_adapters:
+            self.merged_scaling = self.scaling.get(self.residual_of)
+        super().merge(*args, **kwargs)
+
     @torch.no_grad()
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -55,7 +62,11 @@ class ResidualLinear(LoraLinear):
 
     def _missing(self, on: bool) -> float:
         """How much of B0 A0 is to be added for W, or with the adapter ``on``, for W + its scaling * (B A - B0 A0)."""
-        return self.residual_scaling - (self.scaling[self.residual_of] if on else 0.0)
+        if not on:
+            return self.residual_scaling
+        is_merged = self.residual_of in self.merged_adapters
+        scaling = self.merged_scaling if is_merged else self.scaling[self.residual_of]
+        return 0.0 if math.isclose(scaling, self.residual_scaling) else self.residual_scaling - scaling
 
     def _initial(self) -> Factors:
         name = self.residual_of

@@ -17,6 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from loku.files import read_json_lines, write_json_lines, writing
 from loku.inference import evaluation_mode
 
+# Keys of what an evaluation keeps of itself in the trainer's state.
+_PLACE, _METRICS = "evaluation_callback", "evaluation_metrics"
+
 
 class TrainingIsOver(Exception):
     """Raised by a callback as an epoch begins, where the checkpoint gone on from was the end of the training.
@@ -71,8 +74,8 @@ class EvaluationCallback(TrainerCallback):
     back, so that the training is the same with and without it. The metrics and "runtime", the seconds it took, are
     logged by the trainer, with "eval_" before their names. Each process evaluates, and must come to the same metrics. A
     run that is stopped saves a checkpoint, unless ``save_strategy`` is "no". At step 0 ``stop`` is not asked. A resumed
-    run is first evaluated at the next interval, or at its end, but ``stop`` is asked about the metrics logged with its
-    checkpoint, so that one that had reached its aim does not go on.
+    run is first evaluated at the next interval, but ``stop`` is asked about the metrics kept with its checkpoint, so
+    that one that had reached its aim does not go on.
 
     Args:
         evaluate: model -> metrics.
@@ -80,13 +83,15 @@ class EvaluationCallback(TrainerCallback):
         stop: metrics -> whether the aim is reached.
 
     Attributes:
-        trainer: the trainer that logs; `UnlearningTrainer` sets it.
+        trainer, place: the trainer that logs, and the callback's place among its evaluations; `UnlearningTrainer` sets
+            them. A run goes on with the evaluations that it began with, in their order.
 
     Raises:
         ValueError: every is neither.
     """
 
     trainer: Trainer
+    place: int
 
     def __init__(
         self,
@@ -114,22 +119,18 @@ class EvaluationCallback(TrainerCallback):
                 raise TrainingIsOver
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.every != "epoch" and (state.global_step % self.every == 0 or state.global_step >= state.max_steps):
+        """Before the checkpoint of the same step, which then tells of the evaluation to a run that goes on."""
+        ends_epoch = math.isclose(state.epoch or 0, round(state.epoch or 0), abs_tol=1e-6)
+        due = ends_epoch if self.every == "epoch" else state.global_step % self.every == 0
+        if due or state.global_step >= state.max_steps:
             self._measure_or_stop(args, state, control, kwargs["model"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.every == "epoch":
+        """What no step was known to end: an epoch or a training that another callback ends."""
+        if (self.every == "epoch" or control.should_training_stop) and self._measured(state) is None:
             self._measure_or_stop(args, state, control, kwargs["model"])
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """What the last step left may not have been measured: a run may be broken off between its last checkpoint and
-        the evaluation, or be ended by another callback."""
-        if state.global_step > 0 and self._measured(state) is None:
-            self._measure(state, control, kwargs["model"])
 
     def _measure_or_stop(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module
@@ -149,17 +150,11 @@ class EvaluationCallback(TrainerCallback):
         logged = {**metrics, "runtime": round(time.perf_counter() - begin, 3)}
         self.trainer.log({f"eval_{name}": value for name, value in logged.items()})
         control.should_log = due  # which the trainer takes for done after any log
-        # What was logged may also be the trainer's own or another callback's; this is kept with checkpoints, unlogged.
-        state.log_history.append({"step": state.global_step, "evaluation": self._number, "metrics": metrics})
+        # No log, but kept with checkpoints: what was logged may also be the trainer's own or another callback's.
+        state.log_history.append({"step": state.global_step, _PLACE: self.place, _METRICS: metrics})
         return metrics
 
     def _measured(self, state: TrainerState) -> Mapping[str, float] | None:
         """The metrics of this callback's evaluation at the current step, if there was one."""
         here = (entry for entry in state.log_history if entry["step"] == state.global_step)
-        return next((entry["metrics"] for entry in here if entry.get("evaluation") == self._number), None)
-
-    @property
-    def _number(self) -> int:
-        """Its place among the trainer's evaluations."""
-        callbacks = self.trainer.callback_handler.callbacks
-        return [known for known in callbacks if isinstance(known, EvaluationCallback)].index(self)
+        return next((entry[_METRICS] for entry in here if entry.get(_PLACE) == self.place), None)

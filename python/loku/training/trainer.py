@@ -11,6 +11,8 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -131,9 +133,9 @@ class UnlearningTrainer(Trainer):
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         super().add_callback(callback)
-        for known in self.callback_handler.callbacks:
-            if isinstance(known, EvaluationCallback):
-                known.trainer = self
+        evaluations = [known for known in self.callback_handler.callbacks if isinstance(known, EvaluationCallback)]
+        for place, known in enumerate(evaluations):
+            known.trainer, known.place = self, place
 
     def gathered_state_dict(self) -> dict[str, Tensor] | None:
         """What ``save_pretrained(..., state_dict=...)`` needs of a sharded model: whole weights, on rank 0 only.
@@ -329,17 +331,31 @@ def _check_reference(model: nn.Module, why: str) -> None:
         raise ValueError(
             f"{why}, but bias={biases[0]!r} in the adapter's configuration trains biases of the base; set it to 'none'"
         )
-    # The parameters of an adapter have its name as a part of theirs.
-    trained = {name: name.split(".") for name, parameter in model.named_parameters() if parameter.requires_grad}
-    base = [name for name, parts in trained.items() if model.peft_config.keys().isdisjoint(parts)]
+    if not isinstance(model.base_model, BaseTuner):
+        return  # prompts and the like, which are apart from the base
+    trained = {name: _adapter_of(model, name) for name, weight in model.named_parameters() if weight.requires_grad}
+    base = [name for name, adapter in trained.items() if adapter is None]
     if base:
         raise ValueError(f"{why}, but {base[0]} of the base is trained too; freeze it")
-    frozen = [name for name in model.active_adapters if not any(name in parts for parts in trained.values())]
-    if frozen:
+    frozen = set(model.active_adapters).difference(trained.values())
+    if trained and frozen:
         raise ValueError(
-            f"{why}, but with its adapters off it lacks {frozen[0]!r} too, which is active and not trained; merge that "
-            "into the base first"
+            f"{why}, but with its adapters off it lacks {min(frozen)!r} too, which is active and not trained; merge "
+            "that into the base first"
         )
+
+
+def _adapter_of(model: PeftModel, parameter: str) -> str | None:
+    """The adapter that a parameter belongs to, None for the base: what is not in a layer of PEFT's own, or in the layer
+    that one of those wraps."""
+    module, adapter, parts = model, None, parameter.split(".")
+    for i, part in enumerate(parts[:-1]):
+        module = getattr(module, part)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            adapter = next((name for name in parts[i + 1 :] if name in model.peft_config), None)
+        elif part in ("base_layer", "original_module"):
+            adapter = None
+    return adapter
 
 
 def _check_sharding(state: AcceleratorState, fila: bool) -> None:
