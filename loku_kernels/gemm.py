@@ -12,6 +12,8 @@ in float32 (Zen 3, 2 cores). The operands are therefore widened, a block at a ti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,12 @@ _WIDENED_MIN_ROWS = 64
 _CUDA_ROW_BYTES = 16
 # Floats in the widened blocks of one step: small beside a chunk of logits, large enough for the product's full speed.
 _WIDENED_ELEMENTS = 2 << 20
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A block whose products are formed in the dtypes that they are given; not every device has autocast."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -93,7 +93,7 @@ def weighted_svd(
     S = torch.zeros(*batch, rank, dtype=dtype, device=device)
     Vh = torch.zeros(*batch, rank, columns, dtype=dtype, device=device)
     residual = torch.zeros(batch, dtype=dtype, device=device)
-    with torch.autocast(device.type, enabled=False):
+    with gemm.without_autocast(device):
         for i in itertools.product(*map(range, batch)):
             matrix = _Weighted.of(weight[i].to(dtype), row_weight[i])
             U[i], S[i], Vh[i], residual[i] = _factorise(matrix, rank, rtol, torch.Generator(device).manual_seed(seed))
@@ -118,8 +118,8 @@ class _Weighted:
     `dtype` is that of the factors, `weight.dtype` the one worked in.
     """
 
-    def __init__(self, weight: Tensor, row_weight: Tensor):
-        self.dtype = weight.dtype
+    def __init__(self, weight: Tensor, row_weight: Tensor, dtype: torch.dtype):
+        self.dtype = dtype
         lengths = torch.linalg.vector_norm(weight, dim=1)
         self.weight, self.scale = weight, 1.0
         if not _SQUARES_ARE_SAFE[0] < float(lengths.max()) < _SQUARES_ARE_SAFE[1]:
@@ -139,10 +139,9 @@ class _Weighted:
     @classmethod
     def of(cls, weight: Tensor, row_weight: Tensor) -> _Weighted:
         """Worked in the dtype of ``weight``, or in float64 where that cannot hold rows that matter."""
-        a = cls(weight, row_weight)
+        a = cls(weight, row_weight, weight.dtype)
         if weight.dtype == torch.float32 and float(a.row_weight.max()) > _LARGEST_ROW_WEIGHT:
-            a = cls(weight.double(), row_weight)
-            a.dtype = weight.dtype
+            return cls(weight.double(), row_weight, weight.dtype)
         return a
 
     def left(self, rows: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_both_orientations_and_any_strides(backend, device, shape):
     rows = torch.randn(16, min(shape), generator=generator).to(device)
     a = row_weight.double()[:, None] * weight.double()
     gram = a @ a.T if shape[0] <= shape[1] else a.T @ a
-    matrix = _Weighted(weight, row_weight)
+    matrix = _Weighted.of(weight, row_weight)
     found = matrix.gram(rows).double() * matrix.scale**2
     torch.testing.assert_close(found, rows.double() @ gram, rtol=1e-4, atol=1e-4 * float(gram.abs().max()))
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loku_kernels.gemm import without_autocast
+
 _NAMESPACE = "loku_kernels"
 
 
@@ -28,7 +30,7 @@ def operator_of_products(function: Callable) -> torch._ops.OpOverload:
     the one in force around a backward pass may be another than that around the forward pass."""
 
     def as_given(tensor: Tensor, *arguments: Any) -> Any:
-        with torch.autocast(tensor.device.type, enabled=False):
+        with without_autocast(tensor.device):
             return function(tensor, *arguments)
 
     return _register(function, (), as_given)

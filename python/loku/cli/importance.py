@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,15 +77,7 @@ def row_weights(
     started = time.perf_counter()
     sets = {"forget": digest([forget]), "retain": digest([retain])}
     if path.exists():
-        with blaming(str(path)):
-            state = FilaStateDict.load(path)
-        for name, found in sets.items():
-            if state.importance.get(name) not in (None, found):
-                raise CommandError(
-                    f"{path}, of an earlier start of the run, is not for what --{name} holds now: choose another "
-                    "--output_dir"
-                )
-        return state
+        return _earlier_row_weights(path, sets)
     data = importance_batches(forget, retain, options.fisher_retain_size, options.fisher_batch_tokens, pad, seed)
     checkpoint = ImportanceCheckpoint(
         path.with_name(f"{path.stem}-begun.safetensors"), 60 * options.fisher_save_minutes, digest(data)
@@ -100,6 +93,19 @@ def row_weights(
     if PartialState().is_main_process:
         state.save(path)
         checkpoint.remove()
+    return state
+
+
+def _earlier_row_weights(path: Path, sets: Mapping[str, str]) -> FilaStateDict:
+    """Raises CommandError unless they are of these sets, {name: digest}."""
+    with blaming(str(path)):
+        state = FilaStateDict.load(path)
+    for name, found in sets.items():
+        if state.importance.get(name) not in (None, found):
+            raise CommandError(
+                f"{path}, of an earlier start of the run, is not for what --{name} holds now: choose another "
+                "--output_dir"
+            )
     return state
 
 
