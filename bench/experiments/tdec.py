@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 from bench.experiments.runs import command, model_config, precision, report
+from loku.training import METHODS
 
 FORGET, UNSEEN = "tdec[0:32]", "tdec[32:64]"
 RETAIN, ALSO_READ, TEXT = "wikitext2:validation", "wikitext2:test[10:]", "wikitext2:test[0:10]"
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/tdec"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=["loku", "ihl", "gd", "gd+fila"])
+    parser.add_argument("--methods", nargs="+", default=["loku", "ihl", "gd", "gd+fila"], choices=METHODS)
     parser.add_argument("--model_config", type=Path, help="YAML or JSON, instead of the small GPT-Neo")
     parser.add_argument("--target_epochs", type=int, default=5)
     parser.add_argument("--target_learning_rate", default="1e-3")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench.experiments.runs import command, model_config, report
 from bench.experiments.tdec import MODEL
+from loku.training import METHODS
 
 RETAIN = "full[0:200]"  # the first half of the questions of retain_perturbed
 OTHERS = ("real_authors", "world_facts")
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/tofu"))
     parser.add_argument("--forget", choices=("forget01", "forget05", "forget10"), default="forget05")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=["loku", "ihl", "gd", "gd+fila"])
+    parser.add_argument("--methods", nargs="+", default=["loku", "ihl", "gd", "gd+fila"], choices=METHODS)
     parser.add_argument("--target_epochs", type=int, default=30)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rank", type=int, default=16)

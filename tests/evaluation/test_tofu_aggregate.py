@@ -169,6 +169,17 @@ def test_bad_logs_are_refused(tmp_path):
     path.write_text('{"eval_log.json": ')
     with pytest.raises(ValueError, match=r"log\.json is not a JSON file"):
         read_log(path)
+    for metric, value, message in (
+        ("rougeL_recall", [0.5], r"eval_log_forget\.json, rougeL_recall must map samples to values, got list"),
+        ("avg_gt_loss", {"0": None}, r"eval_log_forget\.json, avg_gt_loss, sample 0 must be a number, got None"),
+        ("average_perturb_loss", {"0": 1.0}, r"average_perturb_loss, sample 0 must be a list of numbers, got 1\.0"),
+    ):
+        log = some_log(1)
+        log[TASKS["forget"]][metric] = value
+        with pytest.raises(ValueError, match=message):
+            aggregate_tofu(log)
+    with pytest.raises(ValueError, match=r"eval_log_forget\.json must map metrics to their samples, got list"):
+        aggregate_tofu({TASKS["forget"]: []})
     log = some_log()
     del log[TASKS["forget"]]["rougeL_recall"]["3"]
     path.write_text(json.dumps(log))

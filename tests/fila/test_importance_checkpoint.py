@@ -47,6 +47,15 @@ def test_the_same_pass_goes_on(tmp_path):
     assert not sums.exists() and (tmp_path / "begun").exists()
 
 
+def test_nothing_is_left_of_more_processes(tmp_path):
+    """An earlier start may have had another that kept sums."""
+    sums = begin(tmp_path / "begun[1]")
+    sums.with_name("begun[1].sums-1").write_bytes(sums.read_bytes())
+    of(tmp_path / "begun[1]", model())
+    ImportanceCheckpoint(tmp_path / "begun[1]", every=0.0, data="tofu").remove()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("scale,settings", [(1.01, {}), (1.0, {"data": "tdec"}), (1.0, {"eps": 1e-3})])
 def test_another_pass_is_refused(tmp_path, scale, settings, finished):

@@ -229,6 +229,7 @@ def test_what_is_not_served_is_named(tmp_path):
         ({"method": "simnpo", "gamma": float("nan")}, "gamma must be finite, got nan"),
         ({"method": "ihl", "retain_weight": float("inf")}, "retain_weight must be finite and at least 0, got inf"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches in accelerator_config must not be True"),
+        ({"accelerator_config": {"even_batches": False}}, "even_batches in accelerator_config must not be False"),
     ],
 )
 def test_settings_that_would_train_something_else(tmp_path, options, message):

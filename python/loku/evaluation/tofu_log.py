@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,33 @@ def write_log(log: Mapping[str, Any], path: str | os.PathLike) -> None:
 
 
 def check_log(log: Any) -> None:
-    """Raises ValueError unless the log has a known task, and each of those every metric, for the same samples."""
+    """Raises ValueError unless the log has a known task, and each of those every metric, for the same samples, as
+    numbers."""
     tasks = set(TASKS.values()).intersection(log) if isinstance(log, Mapping) else ()
     if not tasks:
         raise ValueError(f"a TOFU log has tasks named {', '.join(TASKS.values())}; this has none of them")
     for task in tasks:
-        samples = log[task].get("avg_gt_loss", {}).keys()
+        if not isinstance(log[task], Mapping):
+            raise ValueError(f"{task} must map metrics to their samples, got {type(log[task]).__name__}")
+        samples = _samples(log, task, "avg_gt_loss")
         if not samples:
             raise ValueError(f"{task} has no samples in avg_gt_loss")
         for metric in _NEEDED:
-            if log[task].get(metric, {}).keys() != samples:
+            found = _samples(log, task, metric)
+            if found.keys() != samples.keys():
                 raise ValueError(f"{task} lacks {metric}, or has it for other samples than avg_gt_loss")
+            for sample, value in found.items():
+                _check_value(value, f"{task}, {metric}, sample {sample}", several=metric == "average_perturb_loss")
+
+
+def _samples(log: Mapping[str, Any], task: str, metric: str) -> Mapping[str, Any]:
+    found = log[task].get(metric, {})
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{task}, {metric} must map samples to values, got {type(found).__name__}")
+    return found
+
+
+def _check_value(value: Any, place: str, several: bool) -> None:
+    numbers = value if several else [value]
+    if not isinstance(numbers, list) or not numbers or not all(isinstance(number, Real) for number in numbers):
+        raise ValueError(f"{place} must be {'a list of numbers' if several else 'a number'}, got {value!r}")

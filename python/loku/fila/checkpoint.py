@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import time
@@ -84,8 +85,9 @@ class ImportanceCheckpoint:
         self._sums.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Once the whole is stored elsewhere."""
-        self.path.unlink(missing_ok=True)
+        """Once the whole is stored elsewhere; the sums too of processes that an earlier start had more."""
+        for path in (self.path, *self.path.parent.glob(f"{glob.escape(self.path.name)}.sums-*")):
+            path.unlink(missing_ok=True)
 
     @property
     def _sums(self) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -44,10 +46,12 @@ class FilaConfig:
         for name, choices in (("mode", Mode), ("eps_mode", EpsMode), ("granularity", Granularity)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
-        for name in ("eps", "rtol"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.residual_dtype is not None and not self.residual_dtype.is_floating_point:
-            raise ValueError(f"residual_dtype must be a floating point dtype, got {self.residual_dtype}")
+        for name, most in (("eps", math.inf), ("rtol", 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < value < most:
+                raise ValueError(f"{name} must be a number above 0 and below {most:g}, got {value!r}")
+        dtype = self.residual_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"residual_dtype must be a floating point dtype, got {dtype!r}")
         if self.memory_budget is not None and not self.memory_budget > 0:
             raise ValueError(f"memory_budget must be a positive number of bytes, got {self.memory_budget}")

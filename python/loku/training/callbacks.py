@@ -83,8 +83,9 @@ class EvaluationCallback(TrainerCallback):
         stop: metrics -> whether the aim is reached.
 
     Attributes:
-        trainer, place: the trainer that logs, and the callback's place among its evaluations; `UnlearningTrainer` sets
-            them. A run goes on with the evaluations that it began with, in their order.
+        trainer, place: the trainer that logs, and the callback's place among its evaluations. `UnlearningTrainer` sets
+            them; another, whose they must be set for, raises where a run goes on that had reached its aim. A run goes
+            on with the evaluations that it began with, in their order.
 
     Raises:
         ValueError: every is neither.

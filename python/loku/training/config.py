@@ -40,7 +40,7 @@ class UnlearnConfig(TrainingArguments):
     Raises:
         ValueError: an unknown method, option or packing; settings that unlearning cannot honour
             (``remove_unused_columns``, ``label_smoothing_factor``, ``dataloader_persistent_workers``,
-            ``train_sampling_strategy``, ``dispatch_batches`` in ``accelerator_config``).
+            ``train_sampling_strategy``, ``dispatch_batches`` or no ``even_batches`` in ``accelerator_config``).
     """
 
     _argument_group_name = "training, as of transformers' TrainingArguments, and methods"
@@ -79,6 +79,11 @@ class UnlearnConfig(TrainingArguments):
             raise ValueError(
                 "dispatch_batches in accelerator_config must not be True: a batch would be cut at its number of rows, "
                 "which is not that of its scored tokens"
+            )
+        if not self.accelerator_config.even_batches:
+            raise ValueError(
+                "even_batches in accelerator_config must not be False: a process without a batch would keep the others "
+                "waiting"
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(

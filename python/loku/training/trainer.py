@@ -11,8 +11,6 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -28,6 +26,7 @@ from loku.training.callbacks import EvaluationCallback, TrainingIsOver
 from loku.training.checkpoints import checkpoint_fault, last_whole_checkpoint
 from loku.training.config import UnlearnConfig
 from loku.training.methods import Method, Totals
+from loku.training.reference import check_reference
 from loku.training.scores import Scorer, Scores
 
 logger = logging.get_logger(__name__)
@@ -43,7 +42,9 @@ class UnlearningTrainer(Trainer):
     Accumulation, bf16, checkpoints and resuming, ``report_to``, ``accelerate launch`` and ``torchrun`` are the
     trainer's. Each role's loss is a mean over that role's tokens, or sequences, in all that an optimiser step sees:
     accumulated micro-batches, on all processes. So neither accumulation nor the number of processes changes what is
-    minimised. Beside ``loss`` the log has its terms, ``forget_loss`` and ``retain_loss``.
+    minimised, but where the pairs do not divide by a batch of all processes: accelerate then fills the epoch's last
+    batch with its first pairs, of which a warning tells. Beside ``loss`` the log has its terms, ``forget_loss`` and
+    ``retain_loss``.
 
     The head runs on scored tokens only, a chunk at a time; see `loku.training.Scorer` for which heads it cannot
     (sharded ones, by FSDP or ZeRO-3, for example), whose models compute their logits as usual. ``trainer.scorer``
@@ -97,9 +98,19 @@ class UnlearningTrainer(Trainer):
             row_tokens = _row_tokens(self.model, args, longest)
         # Padding is never scored, nor attended to; a tokenizer's own token for it need not be one of the model's.
         self.data_collator = UnlearningCollator(0, row_tokens)
+        self._warn_of_repeated(len(pairs))
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
         self.add_callback(_Beginnings(pairs, self._parts))
+
+    def _warn_of_repeated(self, pairs: int) -> None:
+        at_once = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        repeated = 0 if self.accelerator.num_processes == 1 or self.args.dataloader_drop_last else -pairs % at_once
+        if repeated:
+            logger.warning(
+                f"The {pairs} pairs are no multiple of {at_once}, the batches of all processes: {repeated} of them "
+                "come twice in every epoch"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As `transformers.Trainer.train`; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole.
@@ -307,7 +318,7 @@ def _check_lengths(model: nn.Module, sets: Mapping[str, Iterable[Example]]) -> i
 
 def _check_adapter(model: nn.Module, method: Method) -> None:
     if method.reference:
-        _check_reference(model, f"method {method.name!r} compares with the model before unlearning")
+        check_reference(model, f"method {method.name!r} compares with the model before unlearning")
     if method.fila and not has_fila(model):
         raise ValueError(
             f"method {method.name!r} needs an adapter started by loku.fila.initialize_lora_fila_weights, or loaded "
@@ -318,44 +329,6 @@ def _check_adapter(model: nn.Module, method: Method) -> None:
             f"method {method.name!r} trains the active adapters {model.active_adapters}, but FILA started "
             f"{sorted(fila_adapters(model))}; call model.set_adapter"
         )
-
-
-def _check_reference(model: nn.Module, why: str) -> None:
-    """Whether the model with its adapter off is the one before unlearning, and stays it."""
-    if not isinstance(model, PeftModel):
-        raise ValueError(
-            f"{why}, which is the one with its adapter off: model must be a PeftModel, got {type(model).__name__}"
-        )
-    biases = [config.bias for config in model.peft_config.values() if getattr(config, "bias", "none") != "none"]
-    if biases:
-        raise ValueError(
-            f"{why}, but bias={biases[0]!r} in the adapter's configuration trains biases of the base; set it to 'none'"
-        )
-    if not isinstance(model.base_model, BaseTuner):
-        return  # prompts and the like, which are apart from the base
-    trained = {name: _adapter_of(model, name) for name, weight in model.named_parameters() if weight.requires_grad}
-    base = [name for name, adapter in trained.items() if adapter is None]
-    if base:
-        raise ValueError(f"{why}, but {base[0]} of the base is trained too; freeze it")
-    frozen = set(model.active_adapters).difference(trained.values())
-    if trained and frozen:
-        raise ValueError(
-            f"{why}, but with its adapters off it lacks {min(frozen)!r} too, which is active and not trained; merge "
-            "that into the base first"
-        )
-
-
-def _adapter_of(model: PeftModel, parameter: str) -> str | None:
-    """The adapter that a parameter belongs to, None for the base: what is not in a layer of PEFT's own, or in the layer
-    that one of those wraps."""
-    module, adapter, parts = model, None, parameter.split(".")
-    for i, part in enumerate(parts[:-1]):
-        module = getattr(module, part)
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            adapter = next((name for name in parts[i + 1 :] if name in model.peft_config), None)
-        elif part in ("base_layer", "original_module"):
-            adapter = None
-    return adapter
 
 
 def _check_sharding(state: AcceleratorState, fila: bool) -> None:
