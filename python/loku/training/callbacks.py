@@ -121,7 +121,7 @@ class EvaluationCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before the checkpoint of the same step, which then tells of the evaluation to a run that goes on."""
-        ends_epoch = math.isclose(state.epoch or 0, round(state.epoch or 0), abs_tol=1e-6)
+        ends_epoch = float(state.epoch).is_integer()
         due = ends_epoch if self.every == "epoch" else state.global_step % self.every == 0
         if due or state.global_step >= state.max_steps:
             self._measure_or_stop(args, state, control, kwargs["model"])
