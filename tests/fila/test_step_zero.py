@@ -22,6 +22,13 @@ def started(base, mode="residual", residual_dtype=None, **options):
     return model
 
 
+def trained_in_float64(family, mode):
+    base = build(family, torch.float64)
+    model = started(base, mode)
+    train(model)
+    return base, model
+
+
 def assert_logits(model, expected):
     """Of a model in float64."""
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-10)
@@ -126,9 +133,7 @@ def test_a_mixed_batch_over_a_residual():
 @pytest.mark.parametrize("mode", ["residual", "shadow"])
 def test_a_scaled_adapter_is_so_much_of_what_was_trained(family, mode):
     """W + c s (B A - B0 A0) after PEFT's scale_layer(c): live, off, merged, in a mixed batch, and unloaded."""
-    base = build(family, torch.float64)
-    model = started(base, mode)
-    train(model)
+    base, model = trained_in_float64(family, mode)
     expected = copy.deepcopy(base)
     for name, layer in lora_layers(model, "default").items():
         a, b = layer.lora_A["default"], layer.lora_B["default"]
@@ -234,9 +239,7 @@ def test_gradient_checkpointing_changes_nothing():
 @pytest.mark.parametrize("mode", ["residual", "shadow"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_merging_and_unmerging(family, mode):
-    base = build(family, torch.float64)
-    model = started(base, mode)
-    train(model)
+    _, model = trained_in_float64(family, mode)
     before = logits(model)
     for safe in (False, True):
         model.merge_adapter(safe_merge=safe)

@@ -50,10 +50,11 @@ def parsed(text: str) -> tuple[Any, dict[str, str]]:
     try:
         values = json.loads(text)  # which may be indented by tabs, as YAML may not
     except ValueError:
-        node = yaml.compose(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         words = {key.value: value.value for key, value in pairs if isinstance(value, yaml.ScalarNode)}
-        return yaml.load(text, _Loader), words
+        return None if node is None else loader.construct_document(node), words
     return values, {key: json.dumps(value) for key, value in values.items()} if isinstance(values, dict) else {}
 
 

@@ -120,7 +120,8 @@ def _continuations(
 @contextmanager
 def _without_defaults(model: nn.Module) -> Iterator[None]:
     """What is published with a model may penalise repetition, say, where nothing else is asked for."""
-    published = {module: vars(module)["generation_config"] for module in model.modules() if _has_defaults(module)}
+    # The modules' own: wrappers show the defaults of what they wrap.
+    published = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
     try:
         for module in published:
             module.generation_config = GenerationConfig()
@@ -128,11 +129,6 @@ def _without_defaults(model: nn.Module) -> Iterator[None]:
     finally:
         for module, defaults in published.items():
             module.generation_config = defaults
-
-
-def _has_defaults(module: nn.Module) -> bool:
-    """Of its own: wrappers show those of what they wrap."""
-    return "generation_config" in vars(module)
 
 
 def _open_ended(input_ids: list[int], eos: int) -> list[int]:
