@@ -46,7 +46,13 @@ RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"
 TRAINED_ON = {"target": "full", "reference": "retain90"}  # no forget set is in the latter
 MOST_TOKENS = {"retain": 100, "forget": 100, "real_authors": 40, "world_facts": 40}
 """Of a question with its generated answer: 99% of the true ones are shorter, and a ruined model takes all of them."""
-BATCH = 128  # questions answered at once: 12 processes with 512 each took more than the 140 GB of an H200
+BATCH = 512  # questions answered at once
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # the processes are as many as the cores
+    "TOKENIZERS_PARALLELISM": "false",
+    # Caches of keys and values grow by a token at a time: without it what 12 processes keep of each size fills a GPU.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
 PATIENCE = 60  # seconds that are left to what runs when the time is over
 NEVER = 10**9  # steps
 _SHOWN = ("forget_rouge", "forget_probability", "retain_rouge", "retain_probability")
@@ -74,8 +80,8 @@ def main() -> None:
     options = _options()
     began = time.monotonic()
     begin_by, end_by = began + options.seconds, began + options.seconds + PATIENCE
-    for name, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
-        os.environ.setdefault(name, value)  # the processes are as many as the cores
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     (options.output / "report").mkdir(parents=True, exist_ok=True)
     options.model_config = model_config(options.model_config, MODEL, options.output)
     settings = [Setting(f, m, r) for r in options.ranks for f in options.forget for m in options.methods]
