@@ -35,9 +35,13 @@ _WIDENED_ELEMENTS = 2 << 20
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A block whose products are formed in the dtypes that they are given; not every device has autocast."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    """A block whose products are formed in the dtypes that they are given."""
+    return torch.autocast(device.type, enabled=False) if has_autocast(device) else nullcontext()
+
+
+def has_autocast(device: torch.device) -> bool:
+    """Whether torch has such a thing there; torch.amp.is_autocast_available cannot be compiled before torch 2.13."""
+    return device.type != "meta"
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loku_kernels import _validation as check
-from loku_kernels import ops
+from loku_kernels import gemm, ops
 from loku_kernels._options import HeadOptions
 from loku_kernels.backends.reference import compute_dtype
 from loku_kernels.results import RowStatistics, TargetStatistics, loss_of, operator_reduction, row_statistics
@@ -304,10 +304,10 @@ def _check_inputs(
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast does to the operands of a linear layer."""
     check.check_tensors(hidden=tensors[0], weight=tensors[1], bias=tensors[2])
-    device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    device = tensors[0].device
+    if not gemm.has_autocast(device) or not torch.is_autocast_enabled(device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(
         tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor for tensor in tensors
     )
