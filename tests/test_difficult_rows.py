@@ -37,6 +37,20 @@ def test_ties_in_a_long_row_are_all_but_one_part_of_the_rest(backend, device, dt
     assert statistics.rest.item() == pytest.approx(logits.cpu().double()[rest].logsumexp(0).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("rest", [1e-6, 1e-3, 0.5, 0.99, 1.01, 2.0, 20.0])
+@pytest.mark.parametrize("column", [0, 1501, 2999], ids=["head", "body", "tail"])
+def test_what_is_small_beside_the_runner_up_keeps_its_digits(backend, device, column, rest):
+    """Whatever it takes to leave the runner-up's own 1 out of the sum: it may be subtracted from a large one only."""
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    others = torch.ones(3000, dtype=torch.bool)
+    others[[7, column]] = False
+    logits[column] = logits[others].logsumexp(0) - torch.tensor(rest).log()
+    truth = logits.double()[others].logsumexp(0)
+    statistics = lk.target_statistics(logits.to(device), torch.tensor(7, device=device))
+    assert statistics.runner_up_index.item() == column
+    assert statistics.rest.item() == pytest.approx(truth.item(), abs=2e-6)
+
+
 def test_tie_of_target_and_runner_up_counts_as_argmax_does(backend, device):
     logits = torch.zeros(2, 50, device=device)
     logits[:, [5, 30]] = 1.0

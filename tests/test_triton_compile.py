@@ -83,6 +83,13 @@ def test_what_an_outer_loop_does_between_inner_ones_is_no_fault(tool):
     assert "LDG.E R1, [R2]" in [line.strip() for line in tool.instructions_in_loops(waiting)]
 
 
+def test_the_way_back_of_a_diverged_warp_is_no_loop(tool):
+    way = ".L_x_8:\n /*0010*/ LDG.E R0, [R10] ;\n /*0020*/ EXIT ;\n.L_x_9:\n /*0030*/ BRA `(.L_x_8) ;\n"
+    sass = f" /*0000*/ BRA.DIV ~URZ, `(.L_x_9) ;\n{way}"
+    assert list(tool.instructions_in_loops(sass)) == []
+    assert list(tool.instructions_in_loops(sass.replace("BRA.DIV ~URZ", "BRA"))) != []
+
+
 def test_scalars_beside_copies_of_tiles_are_no_fault(tool):
     assert _faults(tool, "LDGSTS.E.BYPASS.128 [R7], desc[UR4][R2.64]") == []
     assert _faults(tool, "LDGSTS.E.BYPASS.64 [R7], desc[UR4][R2.64]") != []

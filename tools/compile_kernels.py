@@ -40,6 +40,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(.*?);")
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
 BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+DIVERGENCE = re.compile(r"\bBRA\.DIV\b.*`\((\.L_x_\d+)\)")
 LOAD = re.compile(r"\bLDG\.[A-Z0-9_.]*")
 LOAD_TO_SHARED = re.compile(r"\bLDGSTS\.[A-Z0-9_.]*")
 STORE = re.compile(r"\bSTG\.[A-Z0-9_.]*")
@@ -113,18 +114,21 @@ def read_report(usage: str, sass: str) -> Report:
 def instructions_in_loops(sass: str) -> Iterator[str]:
     """The instructions between a label and the last branch back to it, of loops that hold no other loop.
 
-    Loops that only wait, for a barrier say, do not count as loops.
+    Loops that only wait, for a barrier say, do not count as loops, nor the way back from where a warp that has diverged
+    goes, which lies behind everything else.
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops: dict[int, int] = {}
+    diverged, place = set(DIVERGENCE.findall(sass)), ""
     for line in sass.splitlines():
         if label := LABEL.match(line):
-            labels[label[1]] = len(instructions)
+            place = label[1]
+            labels[place] = len(instructions)
         elif instruction := INSTRUCTION.match(line):
             instructions.append(instruction[1])
             branch = BRANCH.search(instruction[1])
-            if branch and branch[1] in labels:
+            if branch and branch[1] in labels and place not in diverged:
                 loops[labels[branch[1]]] = len(instructions)
     working = {start: end for start, end in loops.items() if any(map(WORK.search, instructions[start:end]))}
     for start, end in sorted(working.items()):

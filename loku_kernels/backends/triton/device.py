@@ -19,6 +19,7 @@ from loku_kernels.backends.triton import launch
 INTERPRETED = tl.constexpr(launch.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950216293335)  # in float32
 HUGE = tl.constexpr(2.0**28)
+ENOUGH = tl.constexpr(1.0)  # of a sum, for a 1 to be subtracted: it loses a digit of 24
 LINE = tl.constexpr(4)  # granules
 TWO_BFLOAT16_INFINITIES = tl.constexpr(-0x7F0080)  # both negative
 TWO_FLOAT16_INFINITIES = tl.constexpr(-0x3FF0400)
@@ -157,8 +158,8 @@ def tanh(x):
 # one instruction less: a sweep of half-precision logits is limited by instructions. That k is rounded does no harm, as
 # the rounded k is what R refers to, until the rounding is itself an exponent of some size, from HUGE on.
 #
-# The runner-up's own 1 must not stay in R, where it would leave no digits of what is small beside it. Only one lane has
-# met it: at the end, that lane's logits are summed anew without it.
+# The runner-up's own 1 must not stay in R. It is subtracted, but where that would leave few digits of what is small
+# beside it: only one lane has met it, and that lane's logits are summed anew without it.
 
 
 @triton.jit
@@ -232,12 +233,11 @@ def summed_anew(
     body_ptr, first, spacing, runner_up, body, hole, scale, softcap,
     GRANULE: tl.constexpr, LANES: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    """Of every ``spacing``-th granule of the body from ``first`` on: where the runner-up is first met, R of the logits
-    below it, and how many equal it."""
+    """Of every ``spacing``-th granule of the body from ``first`` on: R of the logits below the runner-up, and how many
+    equal it."""
     reference = finite(runner_up)
     total = tl.zeros([LANES], tl.float32)
     equal = tl.zeros([LANES], tl.int32)
-    index = tl.full([LANES], NO_COLUMN, tl.int32)
     for start in range(first, body // GRANULE, spacing * LANES):
         position = ((start + tl.arange(0, LANES) * spacing) * GRANULE)[:, None]
         tile = load_granules(body_ptr, position, body, hole, GRANULE)
@@ -245,9 +245,7 @@ def summed_anew(
         ties = z == runner_up
         total += tl.sum(tl.where(ties, 0.0, exp(z - reference)), axis=1)
         equal += tl.sum(ties.to(tl.int32), axis=1)
-        place = position + tl.arange(0, GRANULE)[None, :]
-        index = tl.minimum(index, tl.min(tl.where(ties, place, NO_COLUMN), axis=1))
-    return tl.min(index), tl.sum(total), tl.sum(equal)
+    return tl.sum(total), tl.sum(equal)
 
 
 @triton.jit
@@ -295,19 +293,23 @@ def row_statistics(
     index = tl.min(tl.minimum(index, tl.where(z == runner_up, column, NO_COLUMN)))
 
     huge = tl.abs(reference) >= HUGE
-    rest = tl.where((m == runner_up) & (best == index), 0.0, R * exp2(fma(-reference, LOG2_E, k)))
-    rest = tl.where(huge, 0.0, rest)
-    rest = tl.sum(rest + tl.where(column == index, 0.0, exp(z - reference)))
+    swept = tl.where(huge, 0.0, R * exp2(fma(-reference, LOG2_E, k)))
+    beside = tl.where(column == index, 0.0, exp(z - reference))  # in the ends
     granule = tl.maximum(index - head, 0) // GRANULE * GRANULE
     runner_up_in_body = (index >= head) & is_swept(granule, body, hole)
-    if huge | runner_up_in_body:
+    own = (m == runner_up) & (best == index)  # the lane that has met it
+    place = tl.where(runner_up_in_body, index, 0) + tl.arange(0, GRANULE)
+    z = transformed(tl.load(row_ptr + place, mask=place < V, other=0.0), scale, softcap, TRANSFORM)
+    index = tl.where(runner_up_in_body, tl.min(tl.where(z == runner_up, place, NO_COLUMN)), index)
+
+    rest = tl.sum(swept + beside) - runner_up_in_body.to(tl.float32)
+    if huge | (runner_up_in_body & (rest < ENOUGH)):
         first = tl.where(huge, 0, granule // GRANULE % LANES)
         spacing = tl.where(huge, 1, LANES)
-        position, below, equal = summed_anew(
+        below, equal = summed_anew(
             body_ptr, first, spacing, runner_up, body, hole, scale, softcap, GRANULE, LANES, TRANSFORM
         )
-        index = tl.where(runner_up_in_body, head + position, index)
-        rest += below + (equal - runner_up_in_body.to(tl.int32))
+        rest = tl.sum(tl.where(own, 0.0, swept) + beside) + below + (equal - runner_up_in_body.to(tl.int32))
     nothing_met = (runner_up == float("-inf")) | (index == NO_COLUMN)
     return z_target, rest, runner_up, tl.where(nothing_met, (target == 0).to(tl.int32), index)
 
