@@ -36,9 +36,11 @@ def row_losses_and_gradient_kernel(
     GRANULE: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = 2 * LANES * GRANULE
+    programs = tl.num_programs(0).to(tl.int64)
     program = tl.program_id(0).to(tl.int64)
-    for earlier in range(0, N - program, tl.num_programs(0)):
-        row = program + earlier
+    # Turns, not rows, are counted: for rows, triton 3.9 keeps pointers, and runs out of registers.
+    for turn in range(0, tl.cdiv(N - program, programs).to(tl.int32)):
+        row = program + turn * programs
         target, skip, fill = read_label(labels_ptr, row, V, ignore_index)
         row_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t)
         if skip:
