@@ -62,8 +62,8 @@ class Truth:
 
 def kernel_call(name: str, logits: Tensor, labels: Tensor) -> Callable[[], Any]:
     """A call of the backend's kernel for IHL, without the operator around it."""
-    kernel, (ihl, ce) = getattr(select(logits), name), (torch.full_like(labels, w, dtype=torch.float32) for w in (1, 0))
-    return lambda: kernel(logits[None], labels, ihl, ce, ignore_index=-100, scale=1.0, softcap=0.0)
+    kernel = getattr(select(logits), name)
+    return lambda: kernel(logits[None], labels, None, 1.0, None, 0.0, ignore_index=-100, scale=1.0, softcap=0.0)
 
 
 def probes(logits: Tensor) -> list[Candidate]:

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 #include "dispatch.h"
 #include "rows.h"
 #include "workers.h"
@@ -38,6 +40,10 @@ PerRow per_row(const Tensor& values, int64_t rows) {
   return {static_cast<const float*>(values.data_ptr()), values.stride(0)};
 }
 
+RowWeight row_weight(const std::optional<Tensor>& values, double factor, int64_t rows) {
+  return {values ? per_row(*values, rows) : PerRow{nullptr, 0}, static_cast<float>(factor)};
+}
+
 const int64_t* integers(const Tensor& values, int64_t rows) {
   STD_TORCH_CHECK(values.scalar_type() == ScalarType::Long && values.dim() == 1 && values.size(0) == rows &&
                       values.is_contiguous(),
@@ -53,34 +59,36 @@ bool streams(const Tensor& logits, const Tensor& out) {
 
 Transform transform_of(double scale, double softcap) { return {static_cast<float>(scale), static_cast<float>(softcap)}; }
 
-LossProblem loss_problem(const Tensor& logits, const Tensor& labels, const Tensor& ihl_weight, const Tensor& ce_weight,
+LossProblem loss_problem(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& ihl_weight,
+                         double ihl_factor, const std::optional<Tensor>& ce_weight, double ce_factor,
                          const Tensor& table, const Tensor& index, int64_t ignore_index, double scale, double softcap) {
   const int64_t n = count_rows(logits);
   STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float && table.is_contiguous() && table.numel() == 7 * n,
                   "the table must be (7, N) float32, contiguous");
   return {rows_of(logits),
           {integers(labels, n), ignore_index},
-          per_row(ihl_weight, n),
-          per_row(ce_weight, n),
+          row_weight(ihl_weight, ihl_factor, n),
+          row_weight(ce_weight, ce_factor, n),
           transform_of(scale, softcap),
           {static_cast<float*>(table.data_ptr()), const_cast<int64_t*>(integers(index, n)), n}};
 }
 
-void row_losses(Tensor logits, Tensor labels, Tensor ihl_weight, Tensor ce_weight, Tensor table, Tensor index,
-                int64_t ignore_index, double scale, double softcap, int64_t instruction_set) {
+void row_losses(Tensor logits, Tensor labels, std::optional<Tensor> ihl_weight, double ihl_factor,
+                std::optional<Tensor> ce_weight, double ce_factor, Tensor table, Tensor index, int64_t ignore_index,
+                double scale, double softcap, int64_t instruction_set) {
   const RowKernels& kernels = choose(instruction_set, logits);
-  const LossProblem problem =
-      loss_problem(logits, labels, ihl_weight, ce_weight, table, index, ignore_index, scale, softcap);
+  const LossProblem problem = loss_problem(logits, labels, ihl_weight, ihl_factor, ce_weight, ce_factor, table, index,
+                                           ignore_index, scale, softcap);
   share_rows(count_rows(logits), logits.size(2),
              [&](int64_t first, int64_t last) { kernels.losses(problem, first, last); });
 }
 
-void row_losses_and_gradient_(Tensor logits, Tensor labels, Tensor ihl_weight, Tensor ce_weight, Tensor table,
-                              Tensor index, int64_t ignore_index, double scale, double softcap,
-                              int64_t instruction_set) {
+void row_losses_and_gradient_(Tensor logits, Tensor labels, std::optional<Tensor> ihl_weight, double ihl_factor,
+                              std::optional<Tensor> ce_weight, double ce_factor, Tensor table, Tensor index,
+                              int64_t ignore_index, double scale, double softcap, int64_t instruction_set) {
   const RowKernels& kernels = choose(instruction_set, logits);
-  const LossProblem problem =
-      loss_problem(logits, labels, ihl_weight, ce_weight, table, index, ignore_index, scale, softcap);
+  const LossProblem problem = loss_problem(logits, labels, ihl_weight, ihl_factor, ce_weight, ce_factor, table, index,
+                                           ignore_index, scale, softcap);
   share_rows(count_rows(logits), logits.size(2),
              [&](int64_t first, int64_t last) { kernels.losses_and_gradient(problem, first, last); });
 }
@@ -144,11 +152,13 @@ STABLE_TORCH_LIBRARY(loku_kernels_cpp, library) {
   library.def("supports(int instruction_set) -> bool");
   library.def("first_invalid_label(Tensor labels, int vocabulary, int ignore_index) -> int");
   library.def(
-      "row_losses(Tensor logits, Tensor labels, Tensor ihl_weight, Tensor ce_weight, Tensor(a!) table, Tensor(b!) "
-      "index, int ignore_index, float scale, float softcap, int instruction_set) -> ()");
+      "row_losses(Tensor logits, Tensor labels, Tensor? ihl_weight, float ihl_factor, Tensor? ce_weight, float "
+      "ce_factor, Tensor(a!) table, Tensor(b!) index, int ignore_index, float scale, float softcap, int "
+      "instruction_set) -> ()");
   library.def(
-      "row_losses_and_gradient_(Tensor(c!) logits, Tensor labels, Tensor ihl_weight, Tensor ce_weight, Tensor(a!) "
-      "table, Tensor(b!) index, int ignore_index, float scale, float softcap, int instruction_set) -> ()");
+      "row_losses_and_gradient_(Tensor(c!) logits, Tensor labels, Tensor? ihl_weight, float ihl_factor, Tensor? "
+      "ce_weight, float ce_factor, Tensor(a!) table, Tensor(b!) index, int ignore_index, float scale, float softcap, "
+      "int instruction_set) -> ()");
   library.def(
       "row_gradient(Tensor logits, Tensor labels, Tensor index, Tensor coefficients, Tensor upstream, Tensor(a!) out, "
       "int ignore_index, float scale, float softcap, int instruction_set) -> ()");

@@ -26,6 +26,14 @@ struct PerRow {
   LOKU_INLINE float operator[](int64_t n) const { return data[n * stride]; }
 };
 
+// What a row's loss is multiplied by: the factor, times the row's own number where rows have one (data not null).
+struct RowWeight {
+  PerRow values;
+  float factor;
+
+  LOKU_INLINE float operator[](int64_t n) const { return values.data ? factor * values[n] : factor; }
+};
+
 // z = scale * logit, or softcap * tanh(scale * logit / softcap) where softcap > 0.
 struct Transform {
   float scale, softcap;
@@ -50,7 +58,7 @@ struct Table {
 struct LossProblem {
   Rows logits;  // read, or overwritten with the gradient
   Labels labels;
-  PerRow ihl_weight, ce_weight;
+  RowWeight ihl_weight, ce_weight;
   Transform transform;
   Table table;
 };

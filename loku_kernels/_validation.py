@@ -130,12 +130,15 @@ def flat_labels(labels: Tensor, ignore_index: int, shift_labels: bool) -> Tensor
     return labels.reshape(-1).to(torch.int64).contiguous()  # a strided vector stays one under reshape
 
 
-def row_weights(name: str, weight: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight per row, of the labels' shape: from one number, or from a tensor that broadcasts to that shape."""
+def row_weights(name: str, weight: float | Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """Weights of rows as the operators take them: a tensor, which has to broadcast to the labels' shape, times a
+    factor. A number is a factor alone: a tensor of it would take a kernel of its own."""
     if not isinstance(weight, Tensor):
         if not isinstance(weight, Real):
             raise TypeError(f"{name} must be a number or a tensor, but a {type(weight).__name__} was given")
-        return torch.full((), weight, dtype=dtype, device=labels.device).expand(labels.numel())
+        if torch.compiler.is_compiling():  # it may be a symbol, which no operator takes as a number
+            return torch.full((), weight, dtype=dtype, device=labels.device).expand(labels.numel()), 1.0
+        return None, float(weight)
     if weight.is_complex():
         raise TypeError(f"{name} must be real, but is {weight.dtype}")
     if weight.requires_grad:
@@ -146,4 +149,4 @@ def row_weights(name: str, weight: float | Tensor, labels: Tensor, dtype: torch.
             f"{name} must broadcast to the shape of labels {tuple(labels.shape)}, but has {tuple(weight.shape)}"
         )
     check_same_device(labels=labels, **{name: weight})
-    return weight.to(dtype).expand(labels.shape).reshape(-1)
+    return weight.to(dtype).expand(labels.shape).reshape(-1), 1.0

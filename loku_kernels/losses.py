@@ -208,8 +208,8 @@ def fused_unlearning_loss(
     value, _, table, index = ops.unlearning_loss(
         _three_dimensional(logits),
         flat,
-        check.row_weights("ihl_weight", ihl_weight, labels, dtype),
-        check.row_weights("ce_weight", ce_weight, labels, dtype),
+        *check.row_weights("ihl_weight", ihl_weight, labels, dtype),
+        *check.row_weights("ce_weight", ce_weight, labels, dtype),
         ignore_index,
         logit_scale,
         softcap,

@@ -15,6 +15,7 @@ from loku_kernels import backends
 from loku_kernels.backends import cpp, reference
 
 CSRC = Path(__file__).parents[1] / "csrc"
+BOTH = None, 1.0, None, 1.0  # IHL + CE
 PLAIN = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
 built = pytest.mark.skipif(cpp.missing_reason() is not None, reason=str(cpp.missing_reason()))
 
@@ -23,8 +24,7 @@ def _problem(rows, columns, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(1, rows, columns, generator=generator)).to(dtype)
     labels = torch.randint(0, columns, (rows,), generator=generator)
-    ones = torch.ones(()).expand(rows)
-    return logits, labels, ones
+    return logits, labels
 
 
 @pytest.fixture(params=cpp.instruction_sets() or [pytest.param("none", marks=built)])
@@ -43,10 +43,10 @@ def test_every_processor_has_the_portable_kernels_and_the_best_is_the_default():
 def test_unknown_instruction_set_is_refused_in_python_and_below():
     with pytest.raises(ValueError, match=r"instruction_set must be one of portable.*'sse9'"):
         cpp.CppBackend("sse9")
-    logits, labels, ones = _problem(2, 5, torch.float32)
+    logits, labels = _problem(2, 5, torch.float32)
     table, index = torch.empty(7, 2), torch.empty(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="instruction set 99"):
-        torch.ops.loku_kernels_cpp.row_losses(logits, labels, ones, ones, table, index, -100, 1.0, 0.0, 99)
+        torch.ops.loku_kernels_cpp.row_losses(logits, labels, *BOTH, table, index, -100, 1.0, 0.0, 99)
 
 
 def test_a_missing_library_is_a_reason_not_an_error(monkeypatch):
@@ -89,10 +89,10 @@ def test_no_function_is_shared_between_instruction_sets():
 def test_gradient_larger_than_the_caches_equals_the_gradient_in_place(kernels, dtype, softcap):
     """Streaming stores need alignment; 5 rows of an odd length start at different offsets."""
     columns = (33 << 20) // 5 // dtype.itemsize | 1
-    logits, labels, ones = _problem(1, columns, dtype)
+    logits, labels = _problem(1, columns, dtype)
     logits, labels, ones = logits.repeat(1, 5, 1), labels.repeat(5), torch.ones(()).expand(5)
     transform = PLAIN | {"softcap": softcap}
-    rows, index = kernels.row_losses(logits, labels, ones, ones, **transform)
+    rows, index = kernels.row_losses(logits, labels, *BOTH, **transform)
     out = torch.full_like(logits, math.nan)
     kernels.row_gradient(logits, labels, index, rows[3:], ones, out, **transform)
     kernels.row_gradient(logits, labels, index, rows[3:], ones, logits, **transform)
@@ -113,10 +113,10 @@ def _check_row_length(kernels, columns):
     logits = padded[:, :, 20 : 20 + columns]
     logits.copy_(_problem(len(targets), columns, torch.float32, seed=columns)[0])
     labels, ones = torch.tensor(targets), torch.ones(()).expand(len(targets))
-    truth, true_index = reference.row_losses(logits.double(), labels, ones.double(), ones.double(), **PLAIN)
+    truth, true_index = reference.row_losses(logits.double(), labels, *BOTH, **PLAIN)
     gradient = torch.empty_like(logits, dtype=torch.float64)
     reference.row_gradient(logits.double(), labels, true_index, truth[3:], ones.double(), gradient, **PLAIN)
-    rows, index = kernels.row_losses_and_gradient_(logits, labels, ones, ones, **PLAIN)
+    rows, index = kernels.row_losses_and_gradient_(logits, labels, *BOTH, **PLAIN)
     assert torch.equal(index, true_index)
     torch.testing.assert_close(rows.double(), truth, rtol=2e-6, atol=0)
     torch.testing.assert_close(logits.double(), gradient, rtol=2e-6, atol=1e-12)
@@ -143,13 +143,13 @@ def test_sixteen_bit_rounding_is_torchs(kernels, dtype):
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
 def test_order_of_the_logits_does_not_matter(kernels, order):
     """Ascending rows bring a new runner-up in every block, equal ones a tie in every block."""
-    logits, labels, ones = _problem(3, 5000, torch.float32)
+    logits, _ = _problem(3, 5000, torch.float32)
     logits = logits.sort(dim=-1, descending=order == "descending").values
     if order == "equal":
         logits = torch.full_like(logits, -7.25)
     labels = torch.tensor([0, 2500, 4999])
-    truth, index = reference.row_losses(logits.double(), labels, ones.double(), ones.double(), **PLAIN)
-    rows, found = kernels.row_losses(logits, labels, ones, ones, **PLAIN)
+    truth, index = reference.row_losses(logits.double(), labels, *BOTH, **PLAIN)
+    rows, found = kernels.row_losses(logits, labels, *BOTH, **PLAIN)
     assert torch.equal(found, index)
     torch.testing.assert_close(rows.double(), truth, rtol=1e-6, atol=0)
 
@@ -160,14 +160,14 @@ def test_order_of_the_logits_does_not_matter(kernels, order):
 def test_runner_ups_and_targets_anywhere(kernels, dtype, columns):
     """A row is read in several places at once: in any, the target is left out and the lowest of equals is found."""
     rows = 400
-    logits, _, ones = _problem(rows, columns, torch.float32)
+    logits, _ = _problem(rows, columns, torch.float32)
     generator = torch.Generator().manual_seed(1)
     pairs = torch.rand(rows, columns, generator=generator).topk(3).indices
     labels = pairs[:, 2].contiguous()
     logits.clamp_(max=8)[0].scatter_(1, pairs, torch.tensor([9.0, 9.0, 11.0]).expand(rows, 3))
     logits = logits.to(dtype)
-    truth, index = reference.row_losses(logits.double(), labels, ones.double(), ones.double(), **PLAIN)
-    found_rows, found = kernels.row_losses(logits, labels, ones, ones, **PLAIN)
+    truth, index = reference.row_losses(logits.double(), labels, *BOTH, **PLAIN)
+    found_rows, found = kernels.row_losses(logits, labels, *BOTH, **PLAIN)
     assert torch.equal(found, index) and torch.equal(found, pairs[:, :2].amin(1))
     torch.testing.assert_close(found_rows[:4].double(), truth[:4], rtol=1e-6, atol=0)
 

@@ -37,6 +37,7 @@ class Inputs:
         self.rows = torch.arange(ROWS, device="cuda")[torch.arange(ROWS) % 5 >= 2]
         self.offsets = torch.tensor([0, 7, 40, 40, ROWS], device="cuda")
         self.weights = torch.rand(4, generator=generator, device="cuda")
+        self.row_weights = torch.rand(ROWS, generator=generator, device="cuda")
 
     def tensors(self) -> list[Tensor]:
         return list(vars(self).values())
@@ -57,6 +58,9 @@ def accumulated(i: Inputs) -> list[Tensor]:
 
 WORK: dict[str, Callable[[Inputs], list[Tensor]]] = {
     "logits": lambda i: with_gradient(lambda z: lk.fused_ihl(z, i.labels), i.logits),
+    "logits, weights of rows": lambda i: with_gradient(
+        lambda z: lk.fused_unlearning_loss(z, i.labels, i.row_weights, -i.row_weights), i.logits
+    ),
     "logits, in place": lambda i: with_gradient(lambda z: lk.fused_ihl(z * 2, i.labels, inplace=True), i.logits),
     "logits, shifted and capped": lambda i: with_gradient(
         lambda z: lk.fused_cross_entropy(z, i.labels, shift_labels=True, logit_softcap=20.0), i.logits
@@ -137,7 +141,7 @@ def test_more_than_2_to_31_elements(columns):
     (gradient,) = torch.autograd.grad(loss.sum(), z)
     torch.testing.assert_close(loss.detach()[probed].double(), true_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient[probed].double(), expected, rtol=1e-2, atol=1e-12)
-    one, zero = torch.ones(rows, device="cuda"), torch.zeros(rows, device="cuda")
     logits = logits.detach()
-    select(logits).row_losses_and_gradient_(logits[None], labels, one, zero, ignore_index=-100, scale=1.0, softcap=0.0)
+    settings = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
+    select(logits).row_losses_and_gradient_(logits[None], labels, None, 1.0, None, 0.0, **settings)
     torch.testing.assert_close(logits[probed].double(), expected, rtol=1e-2, atol=1e-12)

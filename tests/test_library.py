@@ -51,20 +51,21 @@ def test_gradcheck_of_statistics(double_problem):
 
 
 def _rows(device):
+    """Labels, and weights in tensors, as numbers, and one in each."""
     labels = torch.tensor([4, -100, 0, 16, 3], device=device)
     ihl_weight, ce_weight = torch.ones((), device=device).expand(5), torch.linspace(-1, 1, 5, device=device)
-    return labels, ihl_weight, ce_weight
+    return labels, ((ihl_weight, 1.0, ce_weight, 1.0), (None, 1.0, None, -0.5), (None, 0.0, ce_weight, 2.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_from_logits(backend, device, dtype):
-    labels, ihl_weight, ce_weight = _rows(device)
+    labels, weights = _rows(device)
     z = torch.randn(1, 5, 17, device=device, dtype=dtype, requires_grad=True)
     table = torch.rand(7, 5, device=device)
     index = torch.tensor([3, -1, 4, 5, 6], device=device)
     one = torch.ones(5, device=device)
-    for reduction in ("none", "sum", "mean"):
-        arguments = (z, labels, ihl_weight, ce_weight, -100, 1.0, 0.0, reduction, False)
+    for reduction, given in zip(("none", "sum", "mean"), weights, strict=True):
+        arguments = (z, labels, *given, -100, 1.0, 0.0, reduction, False)
         torch.library.opcheck(ops.unlearning_loss, arguments)
     torch.library.opcheck(ops.target_statistics, (z, labels, -100, 1.0, 30.0))
     torch.library.opcheck(logits.row_gradient, (z.detach(), labels, index, table[3:], one, -100, 1.0, 0.0))
@@ -74,15 +75,15 @@ def test_opcheck_from_logits(backend, device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [False, True])
 def test_opcheck_from_hidden_states(backend, device, dtype, trained):
-    labels, ihl_weight, ce_weight = _rows(device)
+    labels, weights = _rows(device)
     h = torch.randn(5, 8, device=device, dtype=dtype, requires_grad=True)
     w = torch.randn(17, 8, device=device, dtype=dtype, requires_grad=trained)
     b = torch.randn(17, device=device, dtype=dtype, requires_grad=trained) if trained else None
     rows = torch.tensor([0, 2, 3, 4], device=device)
     settings = (-100, 1.0, 0.0, 17 * 8)
     needed = (True, trained, trained)
-    for reduction in ("sum", "mean"):
-        arguments = (h, w, b, labels, ihl_weight, ce_weight, rows, -100, 1.0, 0.0, reduction, 17 * 8, *needed)
+    for reduction, given in zip(("sum", "mean", "mean"), weights, strict=True):
+        arguments = (h, w, b, labels, *given, rows, -100, 1.0, 0.0, reduction, 17 * 8, *needed)
         torch.library.opcheck(ops.linear_unlearning_loss, arguments)
     torch.library.opcheck(ops.linear_target_statistics, (h, w, b, labels, rows, *settings))
     frozen = [x if x is None else x.detach() for x in (h, w, b)]
@@ -122,6 +123,25 @@ def test_compiles_without_a_graph_break(device, name):
             inputs = [value.clone().requires_grad_() for value in values]
             loss = function(*inputs, labels)
             results.append((loss, torch.autograd.grad(loss, inputs, allow_unused=True)))
+        torch.testing.assert_close(results[1], results[0])
+
+
+def test_compiled_weights_that_are_numbers(device):
+    """That change from call to call, more often than the compiler is willing to compile again."""
+    z, h, w = (torch.randn(shape, device=device, requires_grad=True) for shape in ((4, 40), (4, 8), (40, 8)))
+    labels = torch.tensor([3, -100, 7, 39], device=device)
+
+    def loss(weight, items):
+        return lk.fused_unlearning_loss(z, labels, weight, -0.5) + lk.fused_linear_unlearning_loss(
+            h, w, labels, 2, len(items)
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for number in range(12):
+        results = []
+        for function in (loss, compiled):
+            value = function(number, torch.ones(number + 2))
+            results.append((value, torch.autograd.grad(value, (z, h, w))))
         torch.testing.assert_close(results[1], results[0])
 
 

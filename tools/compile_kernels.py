@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
         for i in indices:
             reports = {arch: work[i, arch].result() for arch in architectures}
             columns = [f"{r.registers:>3} {r.shared:>6} {r.spills} {r.widths!s:<10}" for r in reports.values()]
-            print(f"{describe(every[i]):<118} | " + " | ".join(columns), flush=True)
+            print(f"{describe(every[i]):<138} | " + " | ".join(columns), flush=True)
             for arch, report in reports.items():
                 if report.products:
                     print(f"    sm_{arch} " + ", ".join(f"{count} {name}" for name, count in report.products.items()))

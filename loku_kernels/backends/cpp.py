@@ -71,8 +71,10 @@ class CppBackend:
         self,
         logits: Tensor,
         labels: Tensor,
-        ihl_weight: Tensor,
-        ce_weight: Tensor,
+        ihl_weight: Tensor | None,
+        ihl_factor: float,
+        ce_weight: Tensor | None,
+        ce_factor: float,
         *,
         ignore_index: int,
         scale: float,
@@ -81,7 +83,18 @@ class CppBackend:
         """As ``reference.row_losses``. Reads every row once."""
         rows, index = _empty_table(labels)
         torch.ops.loku_kernels_cpp.row_losses(
-            logits, labels, ihl_weight, ce_weight, rows, index, ignore_index, scale, softcap, self._number
+            logits,
+            labels,
+            ihl_weight,
+            ihl_factor,
+            ce_weight,
+            ce_factor,
+            rows,
+            index,
+            ignore_index,
+            scale,
+            softcap,
+            self._number,
         )
         return rows, index
 
@@ -107,8 +120,10 @@ class CppBackend:
         self,
         logits: Tensor,
         labels: Tensor,
-        ihl_weight: Tensor,
-        ce_weight: Tensor,
+        ihl_weight: Tensor | None,
+        ihl_factor: float,
+        ce_weight: Tensor | None,
+        ce_factor: float,
         *,
         ignore_index: int,
         scale: float,
@@ -117,7 +132,18 @@ class CppBackend:
         """As ``reference.row_losses_and_gradient_``. Reads and writes every row once."""
         rows, index = _empty_table(labels)
         torch.ops.loku_kernels_cpp.row_losses_and_gradient_(
-            logits, labels, ihl_weight, ce_weight, rows, index, ignore_index, scale, softcap, self._number
+            logits,
+            labels,
+            ihl_weight,
+            ihl_factor,
+            ce_weight,
+            ce_factor,
+            rows,
+            index,
+            ignore_index,
+            scale,
+            softcap,
+            self._number,
         )
         return rows, index
 

@@ -18,6 +18,7 @@ from loku_kernels.backends import formulas, select
 from loku_kernels.backends.reference import compute_dtype
 from loku_kernels.ops._operator import operator, operator_of_products, refuse_gradient
 from loku_kernels.ops.logits import (
+    NO_LOSS,
     check_labels,
     empty_reduced,
     empty_table,
@@ -61,8 +62,10 @@ def linear_unlearning_loss(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    ihl_weight: Tensor,
-    ce_weight: Tensor,
+    ihl_weight: Tensor | None,
+    ihl_factor: float,
+    ce_weight: Tensor | None,
+    ce_factor: float,
     rows: Tensor | None,
     ignore_index: int,
     scale: float,
@@ -84,11 +87,13 @@ def linear_unlearning_loss(
     vocabulary, weight, bias = _aligned_head(weight, bias)
     gradients = _Gradients(hidden, weight, needed)
     for chunk, hidden_chunk, logits in _chunks(hidden, weight, bias, labels, rows, ignore_index, chunk_bytes):
-        weights = ihl_weight[chunk], ce_weight[chunk]
         table[:, chunk], index[chunk] = kernel(
             logits[None, :, :vocabulary],
             labels[chunk],
-            *weights,
+            _of_chunk(ihl_weight, chunk),
+            ihl_factor,
+            _of_chunk(ce_weight, chunk),
+            ce_factor,
             ignore_index=ignore_index,
             scale=scale,
             softcap=softcap,
@@ -106,7 +111,9 @@ def _(
     bias,
     labels,
     ihl_weight,
+    ihl_factor,
     ce_weight,
+    ce_factor,
     rows,
     ignore_index,
     scale,
@@ -121,7 +128,7 @@ def _(
 
 
 def _save_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, labels, _, _, rows, *ctx.transform, ctx.reduction, ctx.chunk_bytes = inputs[:-3]
+    hidden, weight, bias, labels, _, _, _, _, rows, *ctx.transform, ctx.reduction, ctx.chunk_bytes = inputs[:-3]
     _, factor, table, index, *gradients = output
     ctx.computed = inputs[-3:]
     ctx.mark_non_differentiable(factor, table, index, *gradients)
@@ -131,7 +138,7 @@ def _save_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward_loss(ctx: Any, grad_value: Tensor | None, *_: None) -> tuple:
     if grad_value is None:
-        return (None,) * 15
+        return (None,) * 17
     hidden, weight, bias, labels, rows, factor, table, index, *gradients = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
     computed = all(have or not want for have, want in zip(ctx.computed, needed, strict=True))
@@ -177,10 +184,9 @@ def linear_target_statistics(
     chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Per row: target logit, runner-up logit, logsumexp of the rest, index of the runner-up, and the full table."""
-    zero = torch.zeros((), dtype=compute_dtype(hidden.dtype), device=hidden.device).expand(labels.shape)
     settings = ignore_index, scale, softcap, "none", chunk_bytes
     _, _, table, index, *_ = linear_unlearning_loss(
-        hidden, weight, bias, labels, zero, zero, rows, *settings, False, False, False
+        hidden, weight, bias, labels, *NO_LOSS, rows, *settings, False, False, False
     )
     return *split_statistics(table, index), index, table
 
@@ -273,6 +279,10 @@ def _(
 refuse_gradient(linear_gradients)
 
 
+def _of_chunk(weight: Tensor | None, chunk: _Rows) -> Tensor | None:
+    return None if weight is None else weight[chunk]
+
+
 def _ignored_table(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The table and index as they are when every row is ignored; the rows that count are written into it."""
     table, index = empty_table(hidden, labels)
@@ -285,7 +295,7 @@ def _in_dtype_of(inputs: tuple[Tensor | None, ...], gradients: Sequence[Tensor],
         gradient.to(like.dtype) if wanted else None
         for like, gradient, wanted in zip(inputs, gradients, needed, strict=True)
     )
-    return *found, *[None] * 12
+    return *found, *[None] * 14
 
 
 def _aligned_head(weight: Tensor, bias: Tensor | None) -> tuple[int, Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from loku_kernels.backends import first_invalid_label, formulas, select
 from loku_kernels.backends.reference import compute_dtype
 from loku_kernels.ops._operator import operator, operator_on, refuse_gradient
 
+NO_LOSS = (None, 0.0, None, 0.0)  # the weights and their factors where only the statistics are wanted
 _SMALL_REST = 1e-15
 
 
@@ -19,8 +20,10 @@ _SMALL_REST = 1e-15
 def unlearning_loss(
     logits: Tensor,
     labels: Tensor,
-    ihl_weight: Tensor,
-    ce_weight: Tensor,
+    ihl_weight: Tensor | None,
+    ihl_factor: float,
+    ce_weight: Tensor | None,
+    ce_factor: float,
     ignore_index: int,
     scale: float,
     softcap: float,
@@ -30,7 +33,8 @@ def unlearning_loss(
     """Of ihl_weight * IHL + ce_weight * CE of each row of logits (B, T, V): all, their sum or their mean, and the
     factor of a row in it, as ``reduced``; the table of statistics, and the runner-up's index.
 
-    ``inplace`` lets the backward pass write the gradient over the logits.
+    A row's weight is the factor, times its entry of the tensor (N,) if there is one. ``inplace`` lets the backward pass
+    write the gradient over the logits.
     """
     check_labels(labels, logits.shape[-1], ignore_index)
     backend = select(logits)
@@ -38,7 +42,9 @@ def unlearning_loss(
         unit_last_stride(logits),
         labels,
         ihl_weight,
+        ihl_factor,
         ce_weight,
+        ce_factor,
         ignore_index=ignore_index,
         scale=scale,
         softcap=softcap,
@@ -48,13 +54,13 @@ def unlearning_loss(
 
 
 @torch.library.register_fake(unlearning_loss.name())
-def _(logits, labels, ihl_weight, ce_weight, ignore_index, scale, softcap, reduction, inplace):
+def _(logits, labels, ihl_weight, ihl_factor, ce_weight, ce_factor, ignore_index, scale, softcap, reduction, inplace):
     table, index = empty_table(logits, labels)
     return *empty_reduced(table, reduction), table, index
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, labels, _, _, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.reduction, ctx.inplace = inputs
+    logits, labels, _, _, _, _, ctx.ignore_index, ctx.scale, ctx.softcap, ctx.reduction, ctx.inplace = inputs
     _, factor, rows, index = output
     ctx.wrote_over_logits = False
     ctx.mark_non_differentiable(factor, rows, index)
@@ -64,7 +70,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_value is None:
-        return (None,) * 9
+        return (None,) * 11
     logits, labels, index, factor, rows = ctx.saved_tensors
     upstream = upstream_of_losses(grad_value, factor, ctx.reduction).expand(labels.shape)
     arguments = (labels, index, rows[formulas.COEFFICIENTS], upstream, ctx.ignore_index, ctx.scale, ctx.softcap)
@@ -78,7 +84,7 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[T
         gradient = logits
     else:
         gradient = row_gradient(logits, *arguments)
-    return gradient, *[None] * 8
+    return gradient, *[None] * 10
 
 
 torch.library.register_autograd(unlearning_loss.name(), _backward, setup_context=_save)
@@ -90,9 +96,8 @@ def target_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Per row: target logit, runner-up logit, logsumexp of the rest, index of the runner-up, and the full table."""
     check_labels(labels, logits.shape[-1], ignore_index)
-    zero = torch.zeros((), dtype=compute_dtype(logits.dtype), device=logits.device).expand(labels.shape)
     rows, index = select(logits).row_losses(
-        unit_last_stride(logits), labels, zero, zero, ignore_index=ignore_index, scale=scale, softcap=softcap
+        unit_last_stride(logits), labels, *NO_LOSS, ignore_index=ignore_index, scale=scale, softcap=softcap
     )
     return *split_statistics(rows, index), index, rows
 

@@ -19,7 +19,7 @@ class Configuration(NamedTuple):
     kernel: triton.JITFunction
     dtype: torch.dtype
     types: dict[str, str]  # of the arguments that are not compile-time constants, in Triton's notation
-    launch: dict[str, Any]  # compile-time constants and the compiler's options
+    launch: dict[str, Any]  # compile-time constants, also None for a pointer, and the compiler's options
     wide: bool = True  # whether its loops are to load and store 128 bits at a time
     tensor_cores: bool = False  # whether its loops are to multiply matrices on the tensor cores
     programs: int = 1  # at least so many are to fit a multiprocessor's registers

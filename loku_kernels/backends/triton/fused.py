@@ -15,7 +15,14 @@ from loku_kernels.backends.triton import launch
 from loku_kernels.backends.triton.configurations import Configuration
 from loku_kernels.backends.triton.device import read_label, row_offset, row_statistics, write_constant, write_gradient
 from loku_kernels.backends.triton.formula import combine
-from loku_kernels.backends.triton.losses import INTEGERS, POINTERS, run_sweep, store_row, sweep_configurations
+from loku_kernels.backends.triton.losses import (
+    INTEGERS,
+    POINTERS,
+    row_weight,
+    run_sweep,
+    store_row,
+    sweep_configurations,
+)
 
 
 # Programs take rows in turn, so that their number bounds the rows that the cache has to hold. Arguments as in
@@ -24,21 +31,24 @@ from loku_kernels.backends.triton.losses import INTEGERS, POINTERS, run_sweep, s
 def row_losses_and_gradient_kernel(
     logits_ptr, labels_ptr, ihl_weight_ptr, ce_weight_ptr, rows_ptr, index_ptr,
     N: tl.int64, T: tl.int64, V: tl.int32, stride_b: tl.int64, stride_t: tl.int64,
-    ihl_stride: tl.int64, ce_stride: tl.int64, ignore_index: tl.int64, scale: tl.float32, softcap: tl.float32,
+    ihl_stride: tl.int64, ce_stride: tl.int64, ignore_index: tl.int64,
+    ihl_factor: tl.float32, ce_factor: tl.float32, scale: tl.float32, softcap: tl.float32,
     GRANULE: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = 2 * LANES * GRANULE
+    programs = tl.num_programs(0).to(tl.int64)
     program = tl.program_id(0).to(tl.int64)
-    for earlier in range(0, N - program, tl.num_programs(0)):
-        row = program + earlier
+    # Turns, not rows, are counted: for rows, triton 3.9 keeps pointers, and runs out of registers.
+    for turn in range(0, tl.cdiv(N - program, programs).to(tl.int32)):
+        row = program + turn * programs
         target, skip, fill = read_label(labels_ptr, row, V, ignore_index)
         row_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t)
         if skip:
             store_row(rows_ptr, index_ptr, row, N, fill, fill, fill, fill, fill, fill, fill, -1)
             write_constant(row_ptr, 0, V, V, fill, GRANULE, TILE)
         else:
-            ihl_weight = tl.load(ihl_weight_ptr + row * ihl_stride)
-            ce_weight = tl.load(ce_weight_ptr + row * ce_stride)
+            ihl_weight = row_weight(ihl_weight_ptr, ihl_stride, ihl_factor, row)
+            ce_weight = row_weight(ce_weight_ptr, ce_stride, ce_factor, row)
             z_t, rest, z_m, index = row_statistics(row_ptr, target, V, scale, softcap, GRANULE, LANES, AHEAD, TRANSFORM)
             loss, g_t, g_m, g_rest = combine(z_t, z_m, rest, ihl_weight, ce_weight)
             store_row(rows_ptr, index_ptr, row, N, loss, z_t, rest, z_m, g_t, g_m, g_rest, index)
@@ -52,8 +62,10 @@ def row_losses_and_gradient_kernel(
 def row_losses_and_gradient_(
     logits: Tensor,
     labels: Tensor,
-    ihl_weight: Tensor,
-    ce_weight: Tensor,
+    ihl_weight: Tensor | None,
+    ihl_factor: float,
+    ce_weight: Tensor | None,
+    ce_factor: float,
     *,
     ignore_index: int,
     scale: float,
@@ -70,7 +82,9 @@ def row_losses_and_gradient_(
         logits,
         labels,
         ihl_weight,
+        ihl_factor,
         ce_weight,
+        ce_factor,
         ignore_index,
         scale,
         softcap,
