@@ -37,7 +37,11 @@ def test_long_rows_are_swept_by_more_warps(vocabulary, dtype):
     sizes = vocabulary // 2, vocabulary
     shorter, chosen = (launch.fused_launch(v, dtype.itemsize, "none", interpreted=False) for v in sizes)
     assert shorter["num_warps"] <= chosen["num_warps"]
-    assert launch.fused_rows(sizes[0], dtype.itemsize) >= launch.fused_rows(vocabulary, dtype.itemsize) >= 1
+    assert (
+        launch.fused_rows(sizes[0], dtype.itemsize, "none")
+        >= launch.fused_rows(vocabulary, dtype.itemsize, "none")
+        >= 1
+    )
     assert launch.fused_programs(77, 2, torch.device("cpu")) == 77  # the interpreter has no multiprocessors
 
 

@@ -297,10 +297,9 @@ def row_statistics(
     beside = tl.where(column == index, 0.0, exp(z - reference))  # in the ends
     granule = tl.maximum(index - head, 0) // GRANULE * GRANULE
     runner_up_in_body = (index >= head) & is_swept(granule, body, hole)
-    own = (m == runner_up) & (best == index)  # the lane that has met it
     place = tl.where(runner_up_in_body, index, 0) + tl.arange(0, GRANULE)
     z = transformed(tl.load(row_ptr + place, mask=place < V, other=0.0), scale, softcap, TRANSFORM)
-    index = tl.where(runner_up_in_body, tl.min(tl.where(z == runner_up, place, NO_COLUMN)), index)
+    column = tl.where(runner_up_in_body, tl.min(tl.where(z == runner_up, place, NO_COLUMN)), index)
 
     rest = tl.sum(swept + beside) - runner_up_in_body.to(tl.float32)
     if huge | (runner_up_in_body & (rest < ENOUGH)):
@@ -309,9 +308,10 @@ def row_statistics(
         below, equal = summed_anew(
             body_ptr, first, spacing, runner_up, body, hole, scale, softcap, GRANULE, LANES, TRANSFORM
         )
-        rest = tl.sum(tl.where(own, 0.0, swept) + beside) + below + (equal - runner_up_in_body.to(tl.int32))
+        swept = tl.where((m == runner_up) & (best == index), 0.0, swept)
+        rest = tl.sum(swept + beside) + below + (equal - runner_up_in_body.to(tl.int32))
     nothing_met = (runner_up == float("-inf")) | (index == NO_COLUMN)
-    return z_target, rest, runner_up, tl.where(nothing_met, (target == 0).to(tl.int32), index)
+    return z_target, rest, runner_up, tl.where(nothing_met, (target == 0).to(tl.int32), column)
 
 
 # The gradient. Elementwise, so a tile's loads are independent and one tile holds as many as should be in flight. The

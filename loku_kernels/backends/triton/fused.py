@@ -36,11 +36,7 @@ def row_losses_and_gradient_kernel(
     GRANULE: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = 2 * LANES * GRANULE
-    programs = tl.num_programs(0).to(tl.int64)
-    program = tl.program_id(0).to(tl.int64)
-    # Turns, not rows, are counted: for rows, triton 3.9 keeps pointers, and runs out of registers.
-    for turn in range(0, tl.cdiv(N - program, programs).to(tl.int32)):
-        row = program + turn * programs
+    for row in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
         target, skip, fill = read_label(labels_ptr, row, V, ignore_index)
         row_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t)
         if skip:
@@ -72,8 +68,8 @@ def row_losses_and_gradient_(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.row_losses_and_gradient_``."""
-    row = logits.shape[-1], logits.element_size()
-    chosen = launch.fused_launch(*row, launch.transform_name(scale, softcap))
+    row = logits.shape[-1], logits.element_size(), launch.transform_name(scale, softcap)
+    chosen = launch.fused_launch(*row)
     programs = launch.fused_programs(len(labels), launch.fused_rows(*row), logits.device)
     return run_sweep(
         row_losses_and_gradient_kernel,

@@ -44,11 +44,11 @@ class FusedShape(NamedTuple):
 # L2 cache; but also to hide one row's latencies behind others. What it does once a row, every warp does.
 FUSED_SHAPES = (
     FusedShape(80 << 10, warps=8, ahead=4, rows=4),
-    FusedShape(112 << 10, warps=8, ahead=6, rows=3),
+    FusedShape(112 << 10, warps=8, ahead=6, rows=2),
     FusedShape(384 << 10, warps=16, ahead=3, rows=2),
     FusedShape(2**63, warps=32, ahead=4, rows=1),
 )
-SOFTCAP_WARPS = 8  # at most, as more leave it too few registers
+SOFTCAP_WARPS, SOFTCAP_ROWS = 8, 3  # at most, as more leave it too few registers
 
 # Columns of a row that one program of the gradient kernel writes: few, so that the programs that run at one time are
 # close together in memory. (Warps and loads ahead, by the bytes of a logit.)
@@ -68,14 +68,13 @@ def sweep_launch(vocabulary: int, item_bytes: int, transform: str, interpreted: 
 
 def fused_launch(vocabulary: int, item_bytes: int, transform: str, interpreted: bool = INTERPRETED) -> dict[str, Any]:
     """Constants and options of the kernel that sweeps a row and then writes over it."""
-    shape = _fused_shape(vocabulary * item_bytes)
-    warps = min(shape.warps, SOFTCAP_WARPS) if transform == "softcap" else shape.warps
-    return _sweep(vocabulary, item_bytes, transform, warps, shape.ahead, interpreted)
+    shape = _fused_shape(vocabulary * item_bytes, transform)
+    return _sweep(vocabulary, item_bytes, transform, shape.warps, shape.ahead, interpreted)
 
 
-def fused_rows(vocabulary: int, item_bytes: int) -> int:
+def fused_rows(vocabulary: int, item_bytes: int, transform: str) -> int:
     """How many rows the fused kernel has in hand at a time on one multiprocessor."""
-    return _fused_shape(vocabulary * item_bytes).rows
+    return _fused_shape(vocabulary * item_bytes, transform).rows
 
 
 def fused_programs(rows: int, at_a_time: int, device: torch.device) -> int:
@@ -121,8 +120,11 @@ def same_alignment(logits: torch.Tensor, out: torch.Tensor) -> bool:
     return all(bytes_apart % LOAD_BYTES == 0 for bytes_apart in apart)
 
 
-def _fused_shape(row_bytes: int) -> FusedShape:
-    return next(shape for shape in FUSED_SHAPES if row_bytes <= shape.row_bytes)
+def _fused_shape(row_bytes: int, transform: str) -> FusedShape:
+    shape = next(shape for shape in FUSED_SHAPES if row_bytes <= shape.row_bytes)
+    if transform == "softcap":
+        shape = shape._replace(warps=min(shape.warps, SOFTCAP_WARPS), rows=min(shape.rows, SOFTCAP_ROWS))
+    return shape
 
 
 def _sweep(

@@ -139,12 +139,14 @@ def run_sweep(
 
 
 def sweep_configurations(
-    kernel: triton.JITFunction, rule: Callable[..., dict[str, Any]], programs: Callable[[int, int], int] | None = None
+    kernel: triton.JITFunction,
+    rule: Callable[..., dict[str, Any]],
+    programs: Callable[[int, int, str], int] | None = None,
 ) -> Iterator[Configuration]:
     """All that ``run_sweep`` can ask of ``kernel`` by a launch rule, with both weights in tensors and with both as
     numbers; one of each lies between the two.
 
-    ``programs``, of vocabulary and item size, is how many a multiprocessor has to have room for.
+    ``programs``, of vocabulary, item size and transform, is how many a multiprocessor has to have room for.
     """
     for dtype in launch.DTYPES:
         types = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(INTEGERS, "i64") | dict.fromkeys(FLOATS, "fp32")
@@ -156,7 +158,7 @@ def sweep_configurations(
                 chosen = rule(vocabulary, dtype.itemsize, transform, interpreted=False)
                 if chosen not in found:
                     found.append(chosen)
-                    at_once = programs(vocabulary, dtype.itemsize) if programs else 1
+                    at_once = programs(vocabulary, dtype.itemsize, transform) if programs else 1
                     yield Configuration(kernel, dtype, types, chosen, programs=at_once)
                     yield Configuration(kernel, dtype, without, chosen | dict.fromkeys(WEIGHTS), programs=at_once)
 
