@@ -138,6 +138,8 @@ def row_weights(name: str, weight: float | Tensor, labels: Tensor, dtype: torch.
             raise TypeError(f"{name} must be a number or a tensor, but a {type(weight).__name__} was given")
         if torch.compiler.is_compiling():  # it may be a symbol, which no operator takes as a number
             return torch.full((), weight, dtype=dtype, device=labels.device).expand(labels.numel()), 1.0
+        if not abs(weight) <= torch.finfo(dtype).max:
+            raise ValueError(f"{name} must be a finite number that {dtype} can hold, but is {weight}")
         return None, float(weight)
     if weight.is_complex():
         raise TypeError(f"{name} must be real, but is {weight.dtype}")

@@ -54,6 +54,8 @@ _TWICE = torch.tensor([1, 0, 1])
         (ValueError, "shift_labels", lambda: lk.fused_ihl(Z[0, 0], Y[0, 0], shift_labels=True)),
         (ValueError, "ihl_weight must broadcast", lambda: lk.fused_unlearning_loss(Z, Y, torch.ones(4), 0.0)),
         (TypeError, "ihl_weight must be a number", lambda: lk.fused_unlearning_loss(Z, Y, [1.0], 0.0)),
+        (ValueError, "ihl_weight must be a finite number", lambda: lk.fused_unlearning_loss(Z, Y, float("nan"), 0.0)),
+        (ValueError, "ce_weight must be a finite number", lambda: lk.fused_unlearning_loss(Z, Y, 1.0, -1e39)),
         (TypeError, "ihl_weight must be real", lambda: lk.fused_unlearning_loss(Z, Y, torch.tensor(1j), 0.0)),
         (
             ValueError,
