@@ -49,7 +49,10 @@ class TargetStatistics(NamedTuple):
 
     @property
     def log_probability(self) -> Tensor:
-        """log p_t, differentiable, accurate also where p_t is close to 1; 0 for ignored rows."""
+        """log p_t, differentiable, accurate also where p_t is close to 1; 0 for ignored rows.
+
+        torch.compile follows it from torch 2.11 on: 2.10 knows the fields of a named tuple only.
+        """
         # There logaddexp would have gradient NaN, where all of them are 0. Of a row that holds NaN, `rest` is NaN.
         alone = (self.runner_up == -torch.inf) & (self.rest == -torch.inf)
         runner_up, rest = self.runner_up.masked_fill(alone, 0.0), self.rest.masked_fill(alone, 0.0)

@@ -111,6 +111,8 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiles_without_a_graph_break(device, name):
     """With ignored rows, whose number the compiler cannot know, and again for another batch size."""
+    if name == "log probability" and torch.__version__ < (2, 11):
+        pytest.skip("torch 2.10 does not compile properties of named tuples")
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True)
     for batch in (2, 3):
         generator = torch.Generator().manual_seed(batch)

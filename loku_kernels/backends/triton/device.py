@@ -93,7 +93,7 @@ def cut(row_ptr, V, GRANULE: tl.constexpr):
     item: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
     line: tl.constexpr = LINE * GRANULE
     past = (row_ptr.to(tl.int64) & (line * item - 1)).to(tl.int32) // item
-    head = tl.minimum((line - past) % line, V)
+    head = tl.minimum((-past + line) % line, V)  # the interpreter of triton 3.8 wants tensors on the left
     return head, (V - head) // GRANULE * GRANULE
 
 
