@@ -15,6 +15,7 @@ from bench.peers import compiled, liger_cross_entropy
 from loku.formulations import authors_ihl, eager_ihl
 from loku_kernels import fused_ihl
 from loku_kernels.backends import cpp, select
+from loku_kernels.backends.weights import RowWeights
 
 SHAPES = [(1024, 50257), (2048, 32000), (512, 128256)]
 if torch.cuda.is_available():
@@ -62,8 +63,8 @@ class Truth:
 
 def kernel_call(name: str, logits: Tensor, labels: Tensor) -> Callable[[], Any]:
     """A call of the backend's kernel for IHL, without the operator around it."""
-    kernel = getattr(select(logits), name)
-    return lambda: kernel(logits[None], labels, None, 1.0, None, 0.0, ignore_index=-100, scale=1.0, softcap=0.0)
+    kernel, weights = getattr(select(logits), name), RowWeights(None, 1.0, None, 0.0)
+    return lambda: kernel(logits[None], labels, weights, ignore_index=-100, scale=1.0, softcap=0.0)
 
 
 def probes(logits: Tensor) -> list[Candidate]:

@@ -13,9 +13,10 @@ from torch.utils.cpp_extension import include_paths
 
 from loku_kernels import backends
 from loku_kernels.backends import cpp, reference
+from loku_kernels.backends.weights import RowWeights
 
 CSRC = Path(__file__).parents[1] / "csrc"
-BOTH = None, 1.0, None, 1.0  # IHL + CE
+BOTH = RowWeights(None, 1.0, None, 1.0)  # IHL + CE
 PLAIN = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
 built = pytest.mark.skipif(cpp.missing_reason() is not None, reason=str(cpp.missing_reason()))
 
@@ -92,7 +93,7 @@ def test_gradient_larger_than_the_caches_equals_the_gradient_in_place(kernels, d
     logits, labels = _problem(1, columns, dtype)
     logits, labels, ones = logits.repeat(1, 5, 1), labels.repeat(5), torch.ones(()).expand(5)
     transform = PLAIN | {"softcap": softcap}
-    rows, index = kernels.row_losses(logits, labels, *BOTH, **transform)
+    rows, index = kernels.row_losses(logits, labels, BOTH, **transform)
     out = torch.full_like(logits, math.nan)
     kernels.row_gradient(logits, labels, index, rows[3:], ones, out, **transform)
     kernels.row_gradient(logits, labels, index, rows[3:], ones, logits, **transform)
@@ -113,10 +114,10 @@ def _check_row_length(kernels, columns):
     logits = padded[:, :, 20 : 20 + columns]
     logits.copy_(_problem(len(targets), columns, torch.float32, seed=columns)[0])
     labels, ones = torch.tensor(targets), torch.ones(()).expand(len(targets))
-    truth, true_index = reference.row_losses(logits.double(), labels, *BOTH, **PLAIN)
+    truth, true_index = reference.row_losses(logits.double(), labels, BOTH, **PLAIN)
     gradient = torch.empty_like(logits, dtype=torch.float64)
     reference.row_gradient(logits.double(), labels, true_index, truth[3:], ones.double(), gradient, **PLAIN)
-    rows, index = kernels.row_losses_and_gradient_(logits, labels, *BOTH, **PLAIN)
+    rows, index = kernels.row_losses_and_gradient_(logits, labels, BOTH, **PLAIN)
     assert torch.equal(index, true_index)
     torch.testing.assert_close(rows.double(), truth, rtol=2e-6, atol=0)
     torch.testing.assert_close(logits.double(), gradient, rtol=2e-6, atol=1e-12)
@@ -148,8 +149,8 @@ def test_order_of_the_logits_does_not_matter(kernels, order):
     if order == "equal":
         logits = torch.full_like(logits, -7.25)
     labels = torch.tensor([0, 2500, 4999])
-    truth, index = reference.row_losses(logits.double(), labels, *BOTH, **PLAIN)
-    rows, found = kernels.row_losses(logits, labels, *BOTH, **PLAIN)
+    truth, index = reference.row_losses(logits.double(), labels, BOTH, **PLAIN)
+    rows, found = kernels.row_losses(logits, labels, BOTH, **PLAIN)
     assert torch.equal(found, index)
     torch.testing.assert_close(rows.double(), truth, rtol=1e-6, atol=0)
 
@@ -166,8 +167,8 @@ def test_runner_ups_and_targets_anywhere(kernels, dtype, columns):
     labels = pairs[:, 2].contiguous()
     logits.clamp_(max=8)[0].scatter_(1, pairs, torch.tensor([9.0, 9.0, 11.0]).expand(rows, 3))
     logits = logits.to(dtype)
-    truth, index = reference.row_losses(logits.double(), labels, *BOTH, **PLAIN)
-    found_rows, found = kernels.row_losses(logits, labels, *BOTH, **PLAIN)
+    truth, index = reference.row_losses(logits.double(), labels, BOTH, **PLAIN)
+    found_rows, found = kernels.row_losses(logits, labels, BOTH, **PLAIN)
     assert torch.equal(found, index) and torch.equal(found, pairs[:, :2].amin(1))
     torch.testing.assert_close(found_rows[:4].double(), truth[:4], rtol=1e-6, atol=0)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import loku_kernels as lk
 from loku_kernels.backends import select
+from loku_kernels.backends.weights import RowWeights
 
 pytestmark = pytest.mark.gpu
 ROWS, HIDDEN, VOCABULARY = 96, 64, 3001
@@ -143,5 +144,5 @@ def test_more_than_2_to_31_elements(columns):
     torch.testing.assert_close(gradient[probed].double(), expected, rtol=1e-2, atol=1e-12)
     logits = logits.detach()
     settings = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
-    select(logits).row_losses_and_gradient_(logits[None], labels, None, 1.0, None, 0.0, **settings)
+    select(logits).row_losses_and_gradient_(logits[None], labels, RowWeights(None, 1.0, None, 0.0), **settings)
     torch.testing.assert_close(logits[probed].double(), expected, rtol=1e-2, atol=1e-12)

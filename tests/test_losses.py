@@ -19,6 +19,7 @@ from oracle import (
 
 import loku_kernels as lk
 from loku_kernels.backends import select
+from loku_kernels.backends.weights import RowWeights
 
 NAN, INF = float("nan"), float("inf")
 
@@ -298,16 +299,16 @@ def test_labels_outside_the_vocabulary_are_nan_in_the_kernels(backend, device, c
     kernels = select(torch.empty(0, device=device))
     logits = torch.randn(1, 3, 40, device=device)
     labels = torch.tensor([4, column, 5], device=device)
-    one, both = torch.ones(3, device=device), (None, 1.0, None, 1.0)
+    one, both = torch.ones(3, device=device), RowWeights(None, 1.0, None, 1.0)
     settings = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
-    rows, index = kernels.row_losses(logits, labels, *both, **settings)
+    rows, index = kernels.row_losses(logits, labels, both, **settings)
     assert rows.isnan().any(dim=0).tolist() == [False, True, False] and rows[:, 1].isnan().all()
     assert index[1] == -1
     out = torch.zeros_like(logits)
     kernels.row_gradient(logits, labels, index, rows[3:], one, out, **settings)
     assert out.isnan().all(dim=2).tolist() == [[False, True, False]] and out.isnan().sum() == 40
     fused = logits.clone()
-    fused_rows, fused_index = kernels.row_losses_and_gradient_(fused, labels, *both, **settings)
+    fused_rows, fused_index = kernels.row_losses_and_gradient_(fused, labels, both, **settings)
     torch.testing.assert_close(fused_rows, rows, equal_nan=True)
     torch.testing.assert_close(fused, out, equal_nan=True)
     assert torch.equal(fused_index, index)
@@ -319,13 +320,13 @@ def test_fused_kernel_equals_the_two_it_joins(backend, device, dtype, vocabulary
     kernels = select(torch.empty(0, device=device))
     logits, labels = random_problem(5, vocabulary, dtype, device)
     logits = logits[None]
-    one, weights = torch.ones(5, device=device), (torch.linspace(-1, 1, 5, device=device), 0.5, None, -2.0)
+    one, weights = torch.ones(5, device=device), RowWeights(torch.linspace(-1, 1, 5, device=device), 0.5, None, -2.0)
     settings = {"ignore_index": -100, "scale": 0.5, "softcap": 20.0}
-    rows, index = kernels.row_losses(logits, labels, *weights, **settings)
+    rows, index = kernels.row_losses(logits, labels, weights, **settings)
     out = torch.full_like(logits, NAN)
     kernels.row_gradient(logits, labels, index, rows[3:], one, out, **settings)
     fused = logits.clone()
-    fused_rows, fused_index = kernels.row_losses_and_gradient_(fused, labels, *weights, **settings)
+    fused_rows, fused_index = kernels.row_losses_and_gradient_(fused, labels, weights, **settings)
     assert torch.equal(fused_index, index)
     torch.testing.assert_close(fused_rows, rows, rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(fused, out, rtol=2 * torch.finfo(dtype).eps + 4e-6, atol=1e-7)

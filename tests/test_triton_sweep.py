@@ -10,10 +10,11 @@ pytest.importorskip("triton")
 
 from loku_kernels.backends import formulas, reference
 from loku_kernels.backends.triton import fused, launch, losses
+from loku_kernels.backends.weights import RowWeights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LANES, ROWS = 64, 3
-WEIGHTS = None, 1.0, None, 1.0
+WEIGHTS = RowWeights(None, 1.0, None, 1.0)
 SETTINGS = {"ignore_index": -100, "scale": 1.0, "softcap": 0.0}
 
 pytestmark = pytest.mark.skipif(
@@ -29,8 +30,8 @@ def test_whole_rounds_and_what_is_left(dtype, ahead, tiles, kernel):
     granule = launch.LOAD_BYTES // dtype.itemsize
     logits, labels = random_problem(ROWS, int(tiles * LANES * granule) + 3, dtype, DEVICE)
     chosen = {"GRANULE": granule, "TRANSFORM": "none", "LANES": LANES, "AHEAD": ahead, "num_warps": 2} | launch.OPTIONS
-    truth, true_index = reference.row_losses(logits[None].double(), labels, *WEIGHTS, **SETTINGS)
-    rows, index = losses.run_sweep(kernel, ROWS, chosen, logits[None].clone(), labels, *WEIGHTS, *SETTINGS.values())
+    truth, true_index = reference.row_losses(logits[None].double(), labels, WEIGHTS, **SETTINGS)
+    rows, index = losses.run_sweep(kernel, ROWS, chosen, logits[None].clone(), labels, WEIGHTS, *SETTINGS.values())
     swept = [formulas.TARGET, formulas.REST, formulas.RUNNER_UP]
     assert torch.equal(index, true_index)
     torch.testing.assert_close(rows[swept].double(), truth[swept], rtol=2e-6, atol=0)

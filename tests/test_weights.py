@@ -9,6 +9,7 @@ from oracle import DTYPES, random_problem
 import loku_kernels as lk
 from loku_kernels import _validation, ops
 from loku_kernels.backends import select
+from loku_kernels.backends.weights import RowWeights
 
 NUMBERS = [(1.0, 0.3), (-0.7, 2), (0, -1.1), (1, 0)]
 ROWS, VOCABULARY, HIDDEN = 6, 333, 12
@@ -67,7 +68,7 @@ def test_a_factor_multiplies_a_tensor(backend, device, kernel):
     results = []
     for weights in ((ihl_weight, 0.5, ce_weight, -4.0), (0.5 * ihl_weight, 1.0, -4.0 * ce_weight, 1.0)):
         z = logits[None].clone()
-        results.append((*run(z, labels, *weights, **settings), z))
+        results.append((*run(z, labels, RowWeights(*weights), **settings), z))
     _assert_all_alike(results)
 
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from loku.report.style import FAINT, colour, marker, style
 
 _ORDER = ("loku", "ihl", "gd", "gd+fila")  # their colours in the figures of the other experiments; then the rest
+_WHOLE = {"target": ("before", "+"), "reference": ("reference", "*")}  # models: what they are called, and their marks
 _PASSED = math.log10(0.05)
 _TICKS = (0, -1, -2, -5, -10, -20, -50, -100, -200)
 _LINEAR = 2  # log10 of p is drawn as it is down to minus this, and by its own logarithm below
@@ -45,14 +46,14 @@ def _against(results: dict[str, Any], forgets: Sequence[str], ranks: Sequence[in
             axes.plot(*columns, color=colour(i), linewidth=0.8, alpha=0.6)
             sizes = [_size(rank) ** 2 for rank in ends]
             axes.scatter(*columns, s=sizes, marker=marker(i), color=colour(i), alpha=0.75, linewidths=0)
-        for name, shape in (("target", "+"), ("reference", "*")):
+        for name, (_, shape) in _WHOLE.items():
             if forget in results[name]:
                 axes.scatter(*point(results[name][forget]), s=50, marker=shape, color="black", zorder=4)
         axes.set(title=forget, xlabel="Model utility", xlim=(-0.04, 0.94))
     _scale_qualities(figure.axes)
     figure.axes[0].set_ylabel("log₁₀ forget quality")
-    marks = {"before": Line2D([], [], color="black", linestyle="", marker="+", markersize=7)}
-    marks |= {"reference": Line2D([], [], color="black", linestyle="", marker="*", markersize=7)}
+    black = {"color": "black", "linestyle": "", "markersize": 7}
+    marks = {label: Line2D([], [], marker=shape, **black) for label, shape in _WHOLE.values()}
     sizes = {f"rank {r}": Line2D([], [], color=FAINT, linestyle="", marker="o", markersize=_size(r)) for r in ranks}
     _legend(figure, methods, marks | sizes)
     return figure

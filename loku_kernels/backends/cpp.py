@@ -6,6 +6,7 @@ Loading is lazy, and a library that is missing or does not load is a reason to r
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from loku_kernels import memory, processor
 from loku_kernels.backends import formulas
+from loku_kernels.backends.weights import RowWeights
 
 # In the order of `InstructionSet` in csrc/cpu.h, the best last.
 _INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
@@ -71,32 +73,15 @@ class CppBackend:
         self,
         logits: Tensor,
         labels: Tensor,
-        ihl_weight: Tensor | None,
-        ihl_factor: float,
-        ce_weight: Tensor | None,
-        ce_factor: float,
+        weights: RowWeights,
         *,
         ignore_index: int,
         scale: float,
         softcap: float,
     ) -> tuple[Tensor, Tensor]:
         """As ``reference.row_losses``. Reads every row once."""
-        rows, index = _empty_table(labels)
-        torch.ops.loku_kernels_cpp.row_losses(
-            logits,
-            labels,
-            ihl_weight,
-            ihl_factor,
-            ce_weight,
-            ce_factor,
-            rows,
-            index,
-            ignore_index,
-            scale,
-            softcap,
-            self._number,
-        )
-        return rows, index
+        kernel = torch.ops.loku_kernels_cpp.row_losses
+        return self._sweep(kernel, logits, labels, weights, ignore_index, scale, softcap)
 
     def row_gradient(
         self,
@@ -120,31 +105,23 @@ class CppBackend:
         self,
         logits: Tensor,
         labels: Tensor,
-        ihl_weight: Tensor | None,
-        ihl_factor: float,
-        ce_weight: Tensor | None,
-        ce_factor: float,
+        weights: RowWeights,
         *,
         ignore_index: int,
         scale: float,
         softcap: float,
     ) -> tuple[Tensor, Tensor]:
         """As ``reference.row_losses_and_gradient_``. Reads and writes every row once."""
-        rows, index = _empty_table(labels)
-        torch.ops.loku_kernels_cpp.row_losses_and_gradient_(
-            logits,
-            labels,
-            ihl_weight,
-            ihl_factor,
-            ce_weight,
-            ce_factor,
-            rows,
-            index,
-            ignore_index,
-            scale,
-            softcap,
-            self._number,
-        )
+        kernel = torch.ops.loku_kernels_cpp.row_losses_and_gradient_
+        return self._sweep(kernel, logits, labels, weights, ignore_index, scale, softcap)
+
+    def _sweep(
+        self, kernel: Callable[..., None], logits: Tensor, labels: Tensor, weights: RowWeights, *transform: float
+    ) -> tuple[Tensor, Tensor]:
+        """Call a kernel that fills the table and the index."""
+        rows = torch.empty((formulas.ROW_FIELDS, labels.shape[0]), dtype=torch.float32, device=labels.device)
+        index = torch.empty_like(labels)
+        kernel(logits, labels, *weights, rows, index, *transform, self._number)
         return rows, index
 
     def reduce_losses(self, losses: Tensor, labels: Tensor, *, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor]:
@@ -220,8 +197,3 @@ def _load() -> str | None:
     except (ImportError, OSError) as error:
         return f"the C++ kernels do not load with torch {torch.__version__}: {error}"
     return None
-
-
-def _empty_table(labels: Tensor) -> tuple[Tensor, Tensor]:
-    rows = torch.empty((formulas.ROW_FIELDS, labels.shape[0]), dtype=torch.float32, device=labels.device)
-    return rows, torch.empty_like(labels)

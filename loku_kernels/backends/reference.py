@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from loku_kernels.backends import formulas
+from loku_kernels.backends.weights import RowWeights
 
 
 def row_losses(
     logits: Tensor,
     labels: Tensor,
-    ihl_weight: Tensor | None,
-    ihl_factor: float,
-    ce_weight: Tensor | None,
-    ce_factor: float,
+    weights: RowWeights,
     *,
     ignore_index: int,
     scale: float,
@@ -29,8 +27,7 @@ def row_losses(
         logits: (B, T, V), left as it is.
         labels: (B * T,) int64. A row whose label is ``ignore_index`` gives zeros and index -1; one whose label is
             otherwise outside [0, V) gives NaN and index -1.
-        ihl_weight, ce_weight: (B * T,), in the compute dtype, or None for ones.
-        ihl_factor, ce_factor: what they are multiplied by.
+        weights: tensors of (B * T,), in the compute dtype, and factors.
         scale, softcap: the loss sees z = scale * logits, or softcap * tanh(scale * logits / softcap) if softcap > 0.
 
     Returns:
@@ -45,8 +42,9 @@ def row_losses(
     index = torch.where(index == target_column.squeeze(1), (index == 0).long(), index)
     exponentials = torch.exp(others - _finite_reference(runner_up)[:, None])
     rest = exponentials.scatter(1, index[:, None], 0.0).sum(dim=1)
-    weights = _row_weight(target, ihl_weight, ihl_factor), _row_weight(target, ce_weight, ce_factor)
-    partials = formulas.combine(target, runner_up, rest, *weights)
+    ihl_weight = _row_weight(target, weights.ihl, weights.ihl_factor)
+    ce_weight = _row_weight(target, weights.ce, weights.ce_factor)
+    partials = formulas.combine(target, runner_up, rest, ihl_weight, ce_weight)
     rows = torch.stack([partials.loss, target, rest, runner_up, partials.target, partials.runner_up, partials.rest])
     rows = rows.masked_fill(invalid, float("nan")).masked_fill(ignored, 0.0)
     return rows, index.masked_fill(ignored | invalid, -1)
@@ -87,10 +85,7 @@ def row_gradient(
 def row_losses_and_gradient_(
     logits: Tensor,
     labels: Tensor,
-    ihl_weight: Tensor | None,
-    ihl_factor: float,
-    ce_weight: Tensor | None,
-    ce_factor: float,
+    weights: RowWeights,
     *,
     ignore_index: int,
     scale: float,
@@ -98,7 +93,7 @@ def row_losses_and_gradient_(
 ) -> tuple[Tensor, Tensor]:
     """``row_losses``, with the gradient of each row's loss written over its logits."""
     transform = {"ignore_index": ignore_index, "scale": scale, "softcap": softcap}
-    rows, index = row_losses(logits, labels, ihl_weight, ihl_factor, ce_weight, ce_factor, **transform)
+    rows, index = row_losses(logits, labels, weights, **transform)
     ones = rows.new_ones(()).expand(rows.shape[1])
     row_gradient(logits, labels, index, rows[formulas.COEFFICIENTS], ones, logits, **transform)
     return rows, index

@@ -16,9 +16,9 @@ from torch import Tensor
 from loku_kernels import gemm, launch, memory
 from loku_kernels.backends import formulas, select
 from loku_kernels.backends.reference import compute_dtype
+from loku_kernels.backends.weights import NO_LOSS, RowWeights
 from loku_kernels.ops._operator import operator, operator_of_products, refuse_gradient
 from loku_kernels.ops.logits import (
-    NO_LOSS,
     check_labels,
     empty_reduced,
     empty_table,
@@ -83,6 +83,7 @@ def linear_unlearning_loss(
     needed = need_hidden, need_weight, need_bias
     backend = select(hidden)
     kernel = backend.row_losses_and_gradient_ if any(needed) else backend.row_losses
+    weights = RowWeights(ihl_weight, ihl_factor, ce_weight, ce_factor)
     table, index = _ignored_table(hidden, labels)
     vocabulary, weight, bias = _aligned_head(weight, bias)
     gradients = _Gradients(hidden, weight, needed)
@@ -90,10 +91,7 @@ def linear_unlearning_loss(
         table[:, chunk], index[chunk] = kernel(
             logits[None, :, :vocabulary],
             labels[chunk],
-            _of_chunk(ihl_weight, chunk),
-            ihl_factor,
-            _of_chunk(ce_weight, chunk),
-            ce_factor,
+            weights.of(chunk),
             ignore_index=ignore_index,
             scale=scale,
             softcap=softcap,
@@ -277,10 +275,6 @@ def _(
 
 
 refuse_gradient(linear_gradients)
-
-
-def _of_chunk(weight: Tensor | None, chunk: _Rows) -> Tensor | None:
-    return None if weight is None else weight[chunk]
 
 
 def _ignored_table(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

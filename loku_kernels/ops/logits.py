@@ -10,9 +10,9 @@ from torch import Tensor
 from loku_kernels import memory
 from loku_kernels.backends import first_invalid_label, formulas, select
 from loku_kernels.backends.reference import compute_dtype
+from loku_kernels.backends.weights import NO_LOSS, RowWeights
 from loku_kernels.ops._operator import operator, operator_on, refuse_gradient
 
-NO_LOSS = (None, 0.0, None, 0.0)  # the weights and their factors where only the statistics are wanted
 _SMALL_REST = 1e-15
 
 
@@ -41,10 +41,7 @@ def unlearning_loss(
     rows, index = backend.row_losses(
         unit_last_stride(logits),
         labels,
-        ihl_weight,
-        ihl_factor,
-        ce_weight,
-        ce_factor,
+        RowWeights(ihl_weight, ihl_factor, ce_weight, ce_factor),
         ignore_index=ignore_index,
         scale=scale,
         softcap=softcap,
@@ -97,7 +94,7 @@ def target_statistics(
     """Per row: target logit, runner-up logit, logsumexp of the rest, index of the runner-up, and the full table."""
     check_labels(labels, logits.shape[-1], ignore_index)
     rows, index = select(logits).row_losses(
-        unit_last_stride(logits), labels, *NO_LOSS, ignore_index=ignore_index, scale=scale, softcap=softcap
+        unit_last_stride(logits), labels, NO_LOSS, ignore_index=ignore_index, scale=scale, softcap=softcap
     )
     return *split_statistics(rows, index), index, rows
 

@@ -23,6 +23,7 @@ from loku_kernels.backends.triton.losses import (
     store_row,
     sweep_configurations,
 )
+from loku_kernels.backends.weights import RowWeights
 
 
 # Programs take rows in turn, so that their number bounds the rows that the cache has to hold. Arguments as in
@@ -58,10 +59,7 @@ def row_losses_and_gradient_kernel(
 def row_losses_and_gradient_(
     logits: Tensor,
     labels: Tensor,
-    ihl_weight: Tensor | None,
-    ihl_factor: float,
-    ce_weight: Tensor | None,
-    ce_factor: float,
+    weights: RowWeights,
     *,
     ignore_index: int,
     scale: float,
@@ -72,18 +70,7 @@ def row_losses_and_gradient_(
     chosen = launch.fused_launch(*row)
     programs = launch.fused_programs(len(labels), launch.fused_rows(*row), logits.device)
     return run_sweep(
-        row_losses_and_gradient_kernel,
-        programs,
-        chosen,
-        logits,
-        labels,
-        ihl_weight,
-        ihl_factor,
-        ce_weight,
-        ce_factor,
-        ignore_index,
-        scale,
-        softcap,
+        row_losses_and_gradient_kernel, programs, chosen, logits, labels, weights, ignore_index, scale, softcap
     )
 
 

@@ -15,6 +15,7 @@ from loku_kernels.backends.triton import launch
 from loku_kernels.backends.triton.configurations import TRITON_TYPES, Configuration
 from loku_kernels.backends.triton.device import read_label, row_offset, row_statistics
 from loku_kernels.backends.triton.formula import combine
+from loku_kernels.backends.weights import RowWeights
 
 LOSS = tl.constexpr(formulas.LOSS)
 TARGET = tl.constexpr(formulas.TARGET)
@@ -84,10 +85,7 @@ def row_losses_kernel(
 def row_losses(
     logits: Tensor,
     labels: Tensor,
-    ihl_weight: Tensor | None,
-    ihl_factor: float,
-    ce_weight: Tensor | None,
-    ce_factor: float,
+    weights: RowWeights,
     *,
     ignore_index: int,
     scale: float,
@@ -95,20 +93,7 @@ def row_losses(
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.row_losses``."""
     chosen = launch.sweep_launch(logits.shape[-1], logits.element_size(), launch.transform_name(scale, softcap))
-    return run_sweep(
-        row_losses_kernel,
-        len(labels),
-        chosen,
-        logits,
-        labels,
-        ihl_weight,
-        ihl_factor,
-        ce_weight,
-        ce_factor,
-        ignore_index,
-        scale,
-        softcap,
-    )
+    return run_sweep(row_losses_kernel, len(labels), chosen, logits, labels, weights, ignore_index, scale, softcap)
 
 
 def run_sweep(
@@ -117,10 +102,7 @@ def run_sweep(
     chosen: dict[str, Any],
     logits: Tensor,
     labels: Tensor,
-    ihl_weight: Tensor | None,
-    ihl_factor: float,
-    ce_weight: Tensor | None,
-    ce_factor: float,
+    weights: RowWeights,
     ignore_index: int,
     scale: float,
     softcap: float,
@@ -129,11 +111,12 @@ def run_sweep(
     (N,), (_, T, V) = labels.shape, logits.shape
     rows = logits.new_empty(formulas.ROW_FIELDS, N, dtype=torch.float32)
     index = torch.empty_like(labels)
-    strides = (0 if weight is None else weight.stride(0) for weight in (ihl_weight, ce_weight))
+    strides = (0 if weight is None else weight.stride(0) for weight in (weights.ihl, weights.ce))
     with torch.cuda.device_of(logits):
         kernel[(programs,)](
-            logits, labels, ihl_weight, ce_weight, rows, index,
-            N, T, V, *logits.stride()[:2], *strides, ignore_index, ihl_factor, ce_factor, scale, softcap, **chosen,
+            logits, labels, weights.ihl, weights.ce, rows, index,
+            N, T, V, *logits.stride()[:2], *strides,
+            ignore_index, weights.ihl_factor, weights.ce_factor, scale, softcap, **chosen,
         )  # fmt: skip
     return rows, index
 
