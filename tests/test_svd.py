@@ -8,84 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from svd_oracle import CASES, assert_contract, assert_orthonormal, case, with_spectrum
 
-from loku_kernels import _krylov
-from loku_kernels import svd as module
-from loku_kernels.svd import WeightedSVD, allowed_energy, krylov_block, weighted_svd
-
-FLOAT32_FLOOR = 8 * 2.0**-23
-
-
-def with_spectrum(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """A rows x columns matrix with the given singular values, in float64."""
-    generator = torch.Generator().manual_seed(1)
-    left = torch.linalg.qr(torch.randn(rows, len(values), dtype=torch.float64, generator=generator))[0]
-    right = torch.linalg.qr(torch.randn(columns, len(values), dtype=torch.float64, generator=generator))[0]
-    return (left * values) @ right.T
-
-
-def case(name: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight and row_weight in float64."""
-    generator = torch.Generator().manual_seed(2)
-    weight = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
-    row_weight = 0.5 + torch.rand(rows, dtype=torch.float64, generator=generator)
-    order = torch.arange(1, min(rows, columns) + 1, dtype=torch.float64)
-    if name == "power law":
-        weight = with_spectrum(order**-0.7, rows, columns)
-    elif name == "steep":
-        weight = with_spectrum(order**-4, rows, columns)
-    elif name == "clustered":
-        weight = with_spectrum(1.0 - 0.3 * (order > 6) - 0.3 * (order > 24), rows, columns)
-        row_weight = torch.ones_like(row_weight)
-    elif name == "low rank and noise":
-        weight = with_spectrum((order <= 5).double() / order + 1e-3, rows, columns)
-    elif name == "eight decades":
-        row_weight = 10 ** (-8 * torch.rand(rows, dtype=torch.float64, generator=generator))
-    elif name in ("zero rows", "eight decades and zero rows"):
-        if name.startswith("eight"):
-            row_weight = 10 ** (-8 * torch.rand(rows, dtype=torch.float64, generator=generator))
-        row_weight[torch.rand(rows, generator=generator) < 0.6] = 0
-    return weight, row_weight
-
-
-CASES = (
-    "flat",
-    "power law",
-    "steep",
-    "clustered",
-    "low rank and noise",
-    "eight decades",
-    "zero rows",
-    "eight decades and zero rows",
-)
-
-
-def optimum(weight: torch.Tensor, row_weight: torch.Tensor, rank: int) -> tuple[float, float]:
-    """The norm of D W and the least residual of the rank."""
-    values = torch.linalg.svdvals(row_weight.double()[:, None] * weight.double())
-    return float(values.norm()), float(values[rank:].norm())
-
-
-def assert_contract(got: WeightedSVD, weight: torch.Tensor, row_weight: torch.Tensor, rank: int, rtol=1e-4, floor=None):
-    norm, least = optimum(weight, row_weight, rank)
-    floor = FLOAT32_FLOOR if floor is None else floor
-    a = row_weight.double()[:, None] * weight.double()
-    product = (got.U.double() * got.S.double()) @ got.Vh.double()
-    residual = float((a - product).norm())
-    assert residual <= math.hypot((1 + rtol) * least, floor * norm)
-    assert residual <= math.hypot(least + 0.01 * (norm - least), floor * norm)
-    if norm > 0:
-        assert float(got.residual) == pytest.approx(residual / norm, rel=1e-5, abs=FLOAT32_FLOOR)
-    assert_orthonormal(got)
-    assert (got.S >= 0).all() and (got.S.diff() <= 0).all()
-
-
-def assert_orthonormal(got: WeightedSVD):
-    rank = got.S.shape[-1]
-    identity = torch.eye(rank, dtype=torch.float64)
-    u, vh = got.U.double(), got.Vh.double()
-    assert float((u.mT @ u - identity).abs().max()) < 1e-5
-    assert float((vh @ vh.mT - identity).abs().max()) < 1e-5
+from loku_kernels.svd import krylov_block, weighted_svd
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -282,90 +207,6 @@ def test_grad_is_not_recorded():
     assert not weighted_svd(weight, torch.ones(8), 2).U.requires_grad
 
 
-# --- the estimate of what is missing
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("rank", [16, 24])
-def test_too_few_steps_are_noticed(name, rank):
-    """At every step from the first to convergence, what is truly missing is no more than what is said to be missing."""
-    weight, row_weight = case(name, 600, 600)
-    a = row_weight[:, None] * weight
-    energy = torch.linalg.svdvals(a)[:rank].square().sum()
-    generator = torch.Generator().manual_seed(7)
-    start = torch.randn(32, 600, dtype=torch.float64, generator=generator)
-    space = _krylov.BlockKrylov(lambda x: (x @ a) @ a.T, start, rank, generator)
-    noticed = 0
-    for _ in range(9):
-        space.step()
-        missing = float(energy) - space.energies[-1]
-        assert space.leading(missing - 1e-12 * float(energy)) is None
-        noticed += missing > 1e-4 * float(energy) and space.leading(1e-4 * float(energy)) is None
-    assert noticed >= 1  # the first steps were too few indeed
-
-
-@pytest.mark.parametrize("seed", [5, 47])
-def test_a_cluster_exactly_as_wide_as_the_block(seed):
-    """From these seeds the start block nearly misses a direction of the cluster, which two estimates do not see."""
-    generator = torch.Generator().manual_seed(seed)
-    left, right = (
-        torch.linalg.qr(torch.randn(n, 480, generator=generator, dtype=torch.float64))[0] for n in (480, 520)
-    )
-    weight = ((left * 0.95 ** torch.arange(30).double().repeat_interleave(16)) @ right.T).float()
-    assert_contract(weighted_svd(weight, torch.ones(480), 16), weight, torch.ones(480), 16)
-
-
-def test_one_gain_does_not_convince():
-    """A stall after large gains, as when a spectrum falls off steeply and then flattens."""
-    assert _krylov.continued_gains([0.0, 1.0, 1.5]) == math.inf
-    assert _krylov.continued_gains([0.0, 1.0, 1.5, 1.5 + 1e-9]) > 1e-9
-    geometric = [1 - 0.5**i for i in range(6)]
-    assert 0.5**5 <= _krylov.continued_gains(geometric) <= 4 * 0.5**5
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.1, 10.0])
-def test_coupling_adds_no_more_than_the_gain_that_is_allowed_for_it(spread):
-    """Whatever is outside the space, as long as none of its eigenvalues exceeds the least one inside."""
-    generator = torch.Generator().manual_seed(int(10 * spread))
-    for _ in range(20):
-        values = 3.0 + spread * torch.rand(6, generator=generator, dtype=torch.float64)
-        residuals = torch.randn(4, 6, generator=generator, dtype=torch.float64)
-        bound = _krylov.coupled_gain(values, residuals.T @ residuals)
-        orthonormal, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))
-        for below in (torch.zeros(4), torch.rand(4, generator=generator), torch.tensor([0.0, 9.0, 9.0, 9.0])):
-            outside = orthonormal @ torch.diag(values.min() - below.double()) @ orthonormal.T
-            whole = torch.cat([torch.cat([values.diag(), residuals.T], 1), torch.cat([residuals, outside], 1)])
-            gain = float(torch.linalg.eigvalsh(whole)[-6:].sum() - values.sum())
-            assert gain <= bound + 1e-10
-            assert below.any() or gain == pytest.approx(bound, rel=1e-7)
-        nuclear = float(torch.linalg.svdvals(residuals).sum())
-        assert bound == pytest.approx(nuclear, rel=1e-7) if spread == 0 else bound < nuclear
-
-
-def test_iteration_that_does_not_converge_falls_back_to_the_exact_decomposition(monkeypatch):
-    weight, row_weight = case("flat", 400, 500)
-    weight, row_weight = weight.float(), row_weight.float()
-    monkeypatch.setattr(_krylov, "continued_gains", lambda energies: math.inf)
-    exact = []
-    original = module._exact_rows
-    monkeypatch.setattr(module, "_exact_rows", lambda *args: exact.append(args) or original(*args))
-    got = weighted_svd(weight, row_weight, 8)
-    assert len(exact) == 1
-    assert_contract(got, weight, row_weight, 8, rtol=1e-6)
-
-
-@given(
-    residual=st.floats(0, 1),
-    rtol=st.floats(1e-8, 0.5),
-)
-def test_allowed_energy_is_the_contract(residual, rtol):
-    allowed = allowed_energy(residual, 1.0, rtol, torch.float64)
-    least = math.sqrt(max(residual**2 - allowed, 0.0))
-    floor = 1e-14
-    assert residual <= (1 + rtol) * least * (1 + 1e-9) + floor
-    assert residual <= least + 0.01 * (1 - least) + 1e-9 + floor
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 70),
@@ -399,13 +240,3 @@ def test_contract_of_the_iteration_over_spectra(exponent, decades, plateau, rank
     weight = weight.T.contiguous() if tall else weight
     row_weight = 10 ** (-decades * torch.rand(len(weight), generator=torch.Generator().manual_seed(plateau)))
     assert_contract(weighted_svd(weight, row_weight, rank), weight, row_weight, rank)
-
-
-# --- the choice of method
-
-
-def test_choice_by_shape():
-    assert krylov_block(4096, 11008, 16) == 16
-    assert krylov_block(11008, 4096, 17) == 32
-    assert krylov_block(64, 4096, 4) is None
-    assert krylov_block(768, 3072, 256) is None

@@ -128,6 +128,8 @@ def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp
         ("model_type: llama\nhidden_size: '32'\n", "hidden_size"),
         ("model_type: llama\nhidden_size: 33\nnum_attention_heads: 2\n", "33"),
         ("model_type: llama\nhidden_size: 32\nnum_attention_heads: 2\nhidden_act: nope\n", "nope"),
+        ("model_type: llama\nhidden_size: 32\nnum_attention_heads: 0\n", f"--model_config {path}: integer division"),
+        ("model_type: gpt_neo\nvocab_size: -1\n", f"--model_config {path}: Trying to create tensor with negative"),
     ):
         path.write_text(content)
         assert message in refused(*words)

@@ -30,6 +30,7 @@ from loku.fila.saving import check_fila_base
 
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "feed_forward", "ffn")
+_OF_SIZES = (ArithmeticError, AssertionError, RuntimeError)  # what models raise for no heads, a negative width, ...
 
 
 def load_model(options: ModelOptions) -> PreTrainedModel:
@@ -91,7 +92,7 @@ def model_from_config(path: str, tokenizer: PreTrainedTokenizerBase, dtype: str)
     if "model_type" not in values:
         raise CommandError(f"--model_config {path} has no model_type, such as gpt_neo, phi or llama")
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    with blaming(f"--model_config {path}", StrictDataclassError, KeyError, TypeError):
+    with blaming(f"--model_config {path}", StrictDataclassError, KeyError, TypeError, *_OF_SIZES):
         known = AutoConfig.for_model(values["model_type"])
         unknown = [key for key in values if key not in {*known.to_dict(), *known.attribute_map}]
         if unknown and "transformers_version" not in values:  # which has written it, with keys of its time
