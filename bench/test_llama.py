@@ -44,7 +44,7 @@ class Problem:
         self.model = get_peft_model(random_model(config, device), lora)
         self.source, self.forget = sequences("forget10", self.count, config.vocab_size)
         _, self.retain = sequences("retain90", self.count, config.vocab_size)
-        self.batches = importance_batches(self.forget, self.retain, None, BATCH_TOKENS, pad=0, seed=0)
+        self.batches = importance_batches(self.forget, self.retain, None, BATCH_TOKENS, seed=0)
         self.state = get_fila_state_dict(self.model, *(b[:1] for b in self.batches), show_progress_bar=False)
 
     @property

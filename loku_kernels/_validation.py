@@ -108,8 +108,8 @@ def check_transform(logit_scale: float, logit_softcap: float | None) -> float:
     """The soft cap as the operators take it: 0 for none."""
     if not isinstance(logit_scale, Real):
         raise TypeError(f"logit_scale must be a number, but is {logit_scale!r}")
-    if logit_scale == 0:
-        raise ValueError("logit_scale must not be 0")
+    if logit_scale == 0 or not abs(logit_scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"logit_scale must be finite in float32, and not 0, but is {logit_scale}")
     if not isinstance(logit_softcap, (Real, type(None))):
         raise TypeError(f"logit_softcap must be a number, or None for none, but is {logit_softcap!r}")
     if logit_softcap is not None and not 0 < logit_softcap <= _LARGEST_SOFTCAP:

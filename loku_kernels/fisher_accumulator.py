@@ -105,6 +105,8 @@ class FisherAccumulator:
             model = model.module  # there is no gradient for it to average
         self.model, self.granularity = model, granularity
         self._loss, self._ignore_index, self._process_group = loss, ignore_index, process_group
+        if accumulators < 1:
+            raise ValueError(f"accumulators must be at least 1, got {accumulators}")
         self._groups = in_groups(find_layers(model, target_modules), memory_budget, accumulators)
         self._layers: list[Layer] = []
         self._resumed: int | None = None

@@ -72,8 +72,10 @@ def fused_linear_ihl(
 
     Other arguments, results and errors are those of ``fused_ihl``.
 
-    Memory: at most two chunks of logits at a time whatever N is, and the gradients. On a GPU, where a row of V logits
-    is no multiple of 16 bytes, a copy of the head too: its products would take several times as long without.
+    Memory: at most two chunks of logits at a time whatever N is, and the gradients. A CPU without instructions for
+    16-bit products also holds float32 copies of a chunk's hidden states and of a block of the head. On a GPU, where
+    a row of V logits is no multiple of 16 bytes, a copy of the head too: its products would take several times as long
+    without.
     """
     return fused_linear_unlearning_loss(
         hidden,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loku_kernels import gemm
 from loku_kernels._krylov import BlockKrylov
+from loku_kernels._validation import check_integer
 from loku_kernels.backends import select
 
 # Share of what rank 0's residual exceeds the optimum's by, which the returned residual may exceed it by.
@@ -276,6 +277,7 @@ def _check(weight: Tensor, row_weight: Tensor, rank: int, rtol: float) -> None:
         )
     if row_weight.device != weight.device:
         raise ValueError(f"row_weight must be on {weight.device} as weight is, got {row_weight.device}")
+    check_integer("rank", rank)
     if not 1 <= rank <= min(weight.shape[-2:]):
         raise ValueError(f"rank must be from 1 to min(out, in) = {min(weight.shape[-2:])}, got {rank}")
     if not rtol > 0:

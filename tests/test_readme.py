@@ -1,4 +1,4 @@
-"""The Python of the README runs as it stands."""
+"""The longer examples of the README run as they stand."""
 
 from __future__ import annotations
 

@@ -69,11 +69,16 @@ def write_json_lines(path: str | os.PathLike, lines: Iterable[Any]) -> None:
 
 
 def read_json_lines(path: str | os.PathLike) -> list[Any]:
-    """The values of a file that may not be there; a last line that was cut short is left out."""
+    """The values of a file that may not be there; a last line that was cut short is left out.
+
+    Raises ValueError for any other line that is not JSON.
+    """
     values = []
-    for text in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    for number, text in enumerate(lines, start=1):
         try:
             values.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
     return values

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 
@@ -26,6 +27,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[torch.device]:
     """Neither dropout nor gradients inside. Yields the model's device."""
     with without_dropout(model), torch.no_grad():
         yield next(model.parameters()).device
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """The base model inside. PEFT makes all adapter weights trainable afterwards, so that is put back too."""
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, was in trainable.items():
+            parameter.requires_grad_(was)
 
 
 def context_length(model: nn.Module) -> int | None:

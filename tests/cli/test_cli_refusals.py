@@ -117,6 +117,19 @@ def test_adapter_of_another_model(workshop, loku, unlearn_refused, tmp_path, no_
     assert f"--adapter {folder}" in line and "size mismatch" in line
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume", "--save_only_model", "true"], "--save_only_model leaves out"),
+        (["--eval_strategy", "steps"], "--eval_strategy must be no, as the trainer has no evaluation set"),
+        (["--save_strategy", "best"], "--save_strategy must be no, epoch or steps"),
+        (["--max_steps", "0"], "--max_steps must be positive, or -1"),
+    ],
+)
+def test_settings_that_would_fail_late(unlearn_refused, options, message):
+    assert message in unlearn_refused(*options)
+
+
 def test_model_config_with_an_unknown_key_or_type(workshop, refused, folder, tmp_path):
     path = tmp_path / "model.yaml"
     words = ["finetune", "--model_config", path, "--tokenizer", workshop / "tokenizer", "--output_dir", folder]

@@ -147,9 +147,13 @@ def test_refused_batches(collator, batch, message):
         collator(batch)
 
 
+def test_padding_is_a_token_of_the_batch_where_none_is_named():
+    assert LanguageModelCollator()([B, A])["input_ids"].unique().tolist() == sorted({*A["input_ids"], *B["input_ids"]})
+
+
 @pytest.mark.parametrize("kind", [LanguageModelCollator, UnlearningCollator])
 def test_refused_settings(kind):
     with pytest.raises(ValueError, match="pad_token_id must be a token id"):
-        kind(None)
+        kind("0")
     with pytest.raises(ValueError, match="row_tokens must be positive"):
         kind(0, 0)

@@ -48,6 +48,18 @@ def test_row_weights_from_data(family, eps_mode):
     assert [p.requires_grad for p in model.parameters()] == ["lora_" in name for name, _ in model.named_parameters()]
 
 
+def test_adapters_that_are_not_trained_stay_so():
+    model = adapted(build("llama"))
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".second." in name)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    batches = padded(sequences(0), 2)
+    get_fila_state_dict(model, batches, batches, adapter_name="second", show_progress_bar=False)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
 def test_a_plain_model_groups_and_batch_sizes_give_the_same():
     base = build("llama")
     model = adapted(base, target_modules=["q_proj", "up_proj"])

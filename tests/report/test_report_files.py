@@ -129,7 +129,15 @@ def test_without_perplexity_utility_is_the_answers_on_the_retain_set(tmp_path):
     log = [first, first | {"step": 5, "eval_forget_rouge": 0.4}]
     page = write_report([make_run(tmp_path / "run", log=log)], tmp_path / "out").read_text()
     assert "Forget ROUGE-L against Retain ROUGE-L, by run" in page and "Retain ROUGE-L over steps, by run" in page
-    assert "Forget loss over" not in page and ">Forget loss<" in page  # in the tables alone
+    assert "Forget loss over" not in page and ">Forget loss" in page  # in the tables alone
+
+
+def test_of_texts_the_loss_tells_what_was_forgotten(tmp_path):
+    log = [{"step": step, "eval_retain_loss": 0.2, "eval_forget_loss": loss} for step, loss in ((0, 0.1), (5, 3.0))]
+    run = make_run(tmp_path / "run", log=log)
+    assert "Forget loss over steps, by run" in write_report([run], tmp_path / "out").read_text()
+    header, *_ = _cells((tmp_path / "out/report.md").read_text(), "Before → after")
+    assert "Forget loss ↑" in header
 
 
 def test_nothing_but_a_loss_makes_a_report_without_plots(tmp_path):

@@ -216,6 +216,8 @@ def test_what_is_not_served_is_named(tmp_path):
         trainer(base, tmp_path, (example for example in FORGET), RETAIN)
     with pytest.raises(ValueError, match=r"item 0 must be {Role: Example}, .* has \['input_ids', 'labels'\]"):
         make(tmp_path, eval_dataset=FORGET)
+    with pytest.raises(ValueError, match=r"dataloader_drop_last would leave nothing .* processes have 999"):
+        make(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=999)
     frozen = with_adapter(base)
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="model has no trainable parameter"):

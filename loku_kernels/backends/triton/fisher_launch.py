@@ -1,7 +1,7 @@
 """How the Fisher kernels are launched: pure functions of sizes, dtype and alignment, with no search at run time.
 
-Chosen by counting; not yet measured on a GPU. In a clock, a multiprocessor of an H200 multiplies 2048 pairs of
-half-precision numbers and its float32 units finish 128 operations.
+Chosen by counting; what it takes on an H200 is in docs/gpu-tuning.md. In a clock, a multiprocessor of an H200
+multiplies 2048 pairs of half-precision numbers and its float32 units finish 128 operations.
 
 - A program holds two float32 tiles, the gradient and the sum of squares. 128 x 128 on 8 warps is 128 registers a thread
   for both, and the largest tile that fits. A token of half precision is 512 bytes to load and 8 clocks to multiply; the

@@ -1,7 +1,7 @@
 """How the row kernels are launched: pure functions of vocabulary, dtype and alignment, with no search at run time.
 
-A thread loads 128 bits at a time, a *granule* of 4 float32 or 8 half-precision logits, and has 4 or 8 such loads on
-their way. The choices were measured on an H200 (docs/gpu-tuning.md): (8192, 32000), (8192, 50257) and (4096, 128256)
+A thread loads 128 bits at a time, a *granule* of 4 float32 or 8 half-precision logits, and has several such loads
+on their way. The choices were measured on an H200 (docs/gpu-tuning.md): (8192, 32000), (8192, 50257) and (4096, 128256)
 in float32 and bfloat16.
 """
 

@@ -31,12 +31,18 @@ _INTERVAL = _Check(
     "epoch or a number of steps", lambda value: value == "epoch" or (value.isdecimal() and int(value) > 0)
 )
 _UNSET = _Check("false, as the trainer has no evaluation set", lambda value: not value)
+_NO_EVALUATION = _Check("no, as the trainer has no evaluation set: see --evaluate_every", lambda value: value == "no")
+_NOT_BEST = _Check("no, epoch or steps, as the trainer has no evaluation set", lambda value: value != "best")
+_STEPS = _Check("positive, or -1 for as many as the epochs have", lambda value: value == -1 or value > 0)
 _BY_RESUME = _Check("left out: --resume goes on from the last checkpoint in --output_dir", lambda value: not value)
 
 _CHECKS = {
     "limit": _POSITIVE,
     "evaluate_every": _INTERVAL,
     "eval_on_start": _UNSET,
+    "eval_strategy": _NO_EVALUATION,
+    "save_strategy": _NOT_BEST,
+    "max_steps": _STEPS,
     "resume_from_checkpoint": _BY_RESUME,
     "el_threshold": _FINITE,
     "ma_threshold": _FINITE,
@@ -99,7 +105,15 @@ def warn_of_unused(command: str, values: Mapping[str, Any], defaults: Mapping[st
             warn(f"--{name} is for --benchmark {' and '.join(benchmarks)}, and has no effect with {chosen}")
 
 
-def check_reporters(args: TrainingArguments) -> None:
+def check_training(args: TrainingArguments, resume: bool) -> None:
+    """Raises CommandError where the trainer would fail much later, or go on from less than it needs."""
+    if resume and args.save_only_model:
+        raise CommandError("--resume needs what --save_only_model leaves out of checkpoints, the optimizer's state")
+    _check_schedule(args)
+    _check_reporters(args)
+
+
+def _check_reporters(args: TrainingArguments) -> None:
     """Raises CommandError if the package for one is not installed, of which the trainer would only tell much later."""
     with blaming(f"--report_to {' '.join(args.report_to)}", RuntimeError, ImportError):
         for reporter in get_reporting_integration_callbacks(args.report_to):
@@ -112,7 +126,7 @@ def check_optimizer(args: TrainingArguments, model: PreTrainedModel) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args, model)
 
 
-def check_schedule(args: TrainingArguments) -> None:
+def _check_schedule(args: TrainingArguments) -> None:
     """Make the learning-rate schedule, which the trainer does only once it trains.
 
     Raises CommandError if --lr_scheduler_kwargs lack what it needs, or have what it does not know.

@@ -88,13 +88,13 @@ def count_shared(forget: Sequence[Example], retain: Sequence[Example]) -> int:
 
 
 def importance_batches(
-    forget: Sequence[Example], retain: Sequence[Example], retain_size: int | None, tokens: int, pad: int, seed: int
+    forget: Sequence[Example], retain: Sequence[Example], retain_size: int | None, tokens: int, seed: int
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Batches for the Fisher information of both sets: all of ``forget``, and as many of ``retain``, drawn by ``seed``,
     unless told how many. The authors' program, too, sees one retain example for each forget example."""
     size = min(len(retain), len(forget) if retain_size is None else retain_size)
     drawn = random.Random(seed).sample(list(retain), size)
-    return tuple(_batches(examples, tokens, pad) for examples in (forget, drawn))
+    return tuple(_batches(examples, tokens) for examples in (forget, drawn))
 
 
 def digest(data: Iterable[Sequence[Mapping[str, Tensor | list[int]]]]) -> str:
@@ -109,6 +109,6 @@ def digest(data: Iterable[Sequence[Mapping[str, Tensor | list[int]]]]) -> str:
     return found.hexdigest()[:16]
 
 
-def _batches(examples: Sequence[Example], tokens: int, pad: int) -> list[dict[str, Tensor]]:
-    collate = LanguageModelCollator(pad)
+def _batches(examples: Sequence[Example], tokens: int) -> list[dict[str, Tensor]]:
+    collate = LanguageModelCollator()
     return [collate([examples[i] for i in batch]) for batch in token_budget_batches(examples, tokens)]

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from transformers import set_seed
 
-from loku.cli.errors import CommandError
+from loku.cli.errors import CommandError, warn
 from loku.cli.models import load_model, load_tokenizer
 from loku.cli.options import ModelOptions, as_dict, option, parse
 from loku.cli.run_folder import RunFolder
+from loku.cli.settings_files import read_mapping
 from loku.files import filling, write_json_lines
 
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> None:
     source = Path(model_options.adapter[-1])
     if not (source / "adapter_model.safetensors").is_file():
         raise CommandError(f"--adapter {source} holds no adapter_model.safetensors")
+    _check_stack(source, model_options.adapter, export.format)
     run = RunFolder(export.output_dir, export.resume, outputs=_OUTPUTS[export.format], source=model_options)
     config = as_dict(model_options, export)
     run.begin(config, config.keys() - _WHERE)
@@ -72,6 +74,21 @@ def main(argv: list[str]) -> None:
         total = sum(line["bytes"] for line in lines)
         run.write_results({"bytes": total, "seconds": round(time.perf_counter() - started, 3)})
     print(f"{export.format} written to {run.path}")
+
+
+def _check_stack(source: Path, adapters: list[str], kind: str) -> None:
+    """Of a run that began from other adapters: without them what they removed would be back, without a word."""
+    record = source.parent / "config.yaml"
+    earlier = read_mapping(record, "the run's").get("adapter") or [] if record.is_file() else []
+    given = {Path(adapter).resolve() for adapter in adapters}
+    missing = [adapter for adapter in earlier if Path(adapter).resolve() not in given]
+    if not missing:
+        return
+    if kind == "merged":
+        raise CommandError(
+            f"--adapter {source} belongs on top of those that its run began from, but {', '.join(missing)} is not given"
+        )
+    warn(f"{source} belongs on top of the adapters that its run began from: {', '.join(missing)}")
 
 
 def _copy_adapter(source: Path, folder: Path) -> None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from transformers import set_seed
 
-from loku.cli.checks import check_optimizer, check_reporters, check_schedule
+from loku.cli.checks import check_optimizer, check_training
 from loku.cli.data import Tokenised
 from loku.cli.errors import CommandError, blaming
-from loku.cli.models import held_whole, load_model, load_tokenizer, model_from_config
+from loku.cli.models import held_whole, load_model, load_tokenizer, mend_generation_config, model_from_config
 from loku.cli.options import DataOptions, ModelOptions, as_dict, option, parse
 from loku.cli.run_folder import RunFolder, costs_of
 from loku.evaluation import perplexity
@@ -40,8 +40,7 @@ def main(argv: list[str]) -> None:
         raise CommandError("--train is required: TOFU splits, tdec[0:32], wikitext2:train, or .jsonl files")
     if (model_options.model is None) == (finetune.model_config is None):
         raise CommandError("give one of --model and --model_config")
-    check_schedule(args)
-    check_reporters(args)
+    check_training(args, finetune.resume)
     outputs = ("model", "checkpoint-*")
     run = RunFolder(args.output_dir, finetune.resume, args.process_index == 0, outputs, model_options)
 
@@ -52,6 +51,7 @@ def main(argv: list[str]) -> None:
             model = load_model(model_options)
         else:
             model = model_from_config(finetune.model_config, tokenizer, model_options.dtype)
+    mend_generation_config(model)
     check_optimizer(args, model)
     sources = Tokenised.of(data_options, tokenizer, model)
     examples = [example for source in finetune.train for example in sources.examples(source)]

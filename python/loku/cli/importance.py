@@ -61,7 +61,6 @@ def row_weights(
     retain: list[Example],
     adapter: AdapterOptions,
     options: ImportanceOptions,
-    pad: int,
     seed: int,
     path: Path,
     show_progress_bar: bool = True,
@@ -78,7 +77,7 @@ def row_weights(
     sets = {"forget": digest([forget]), "retain": digest([retain])}
     if path.exists():
         return _earlier_row_weights(path, sets)
-    data = importance_batches(forget, retain, options.fisher_retain_size, options.fisher_batch_tokens, pad, seed)
+    data = importance_batches(forget, retain, options.fisher_retain_size, options.fisher_batch_tokens, seed)
     checkpoint = ImportanceCheckpoint(
         path.with_name(f"{path.stem}-begun.safetensors"), 60 * options.fisher_save_minutes, digest(data)
     )
@@ -137,7 +136,7 @@ def main(argv: list[str]) -> None:
     config = as_dict(*parsed)
     run.begin(config, config.keys() - _WHERE)
     path = run / "importance.safetensors"
-    state = row_weights(model, forget, retain, adapter, options, tokenizer.pad_token_id, asked.seed, path, first)
+    state = row_weights(model, forget, retain, adapter, options, asked.seed, path, first)
     if first:
         write_json_lines(run / "metrics.jsonl", map(_line, state.items()))
         run.write_results({"modules": len(state), "seconds": state.importance["seconds"]})

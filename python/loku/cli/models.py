@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,10 +24,11 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.pytorch_utils import Conv1D
 
-from loku.cli.errors import CommandError, blaming
+from loku.cli.errors import CommandError, blaming, warn
 from loku.cli.options import AdapterOptions, ModelOptions
 from loku.cli.settings_files import read_mapping
 from loku.fila.saving import check_fila_base
+from loku.fila.targets import tied_layer
 
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "feed_forward", "ffn")
@@ -48,10 +50,35 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
     for place, adapter in enumerate(options.adapter or []):
         with blaming(f"--adapter {adapter}", RuntimeError):  # torch's, for weights of other shapes
             _check_base(model, adapter, merged=place > 0)
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True)
+            model = _merged(PeftModel.from_pretrained(model, adapter))
     if torch.cuda.is_available():
         model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     return model
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """Raises ValueError if the adapter cannot be merged, or merging would change what it does not adapt."""
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(f"it is of the kind {model.active_peft_config.peft_type.value}, which has no weights to merge")
+    layers = {
+        name: layer
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and hasattr(layer.get_base_layer(), "weight")
+    }
+    tied = tied_layer(model, layers)
+    if tied is not None:
+        raise ValueError(f"the weight of {tied}, which it adapts, is another module's too, which merging would change")
+    return model.merge_and_unload(progressbar=True)
+
+
+def mend_generation_config(model: PreTrainedModel) -> None:
+    """Some models were published with settings of sampling but without do_sample, which can be loaded, not saved."""
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        warn("the model's generation_config has settings of sampling, but not do_sample, which is set therefore")
+        config.do_sample = True
 
 
 def _check_base(model: PreTrainedModel, adapter: str, merged: bool) -> None:
@@ -143,13 +170,15 @@ def target_modules(model: nn.Module, targets: str) -> list[str]:
     """The linear layers meant: ``all`` but the head, those in attention blocks (``attn``), in MLPs, or as named.
 
     Some models, such as OPT, have no block for the MLP: there it is what stands in the decoder layers beside attention.
+    Of a model that also sees or hears, only what works on text is meant. Layers of one output or input, such as the
+    gates of experts, and routers, which return more than a product, are meant only where they are named.
 
     Raises CommandError if there is none, if one of several names is none's, or if the head is named where its weight is
     the input embedding's too.
     """
     head = model.get_output_embeddings()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    linear = [name for name, module in layers.items() if module is not head]
+    layers = _text_layers(model, head)
+    linear = [name for name, module in layers.items() if module is not head and not _is_gate(module)]
     if targets == "attn":
         chosen = _within(linear, _ATTENTION)
     elif targets == "mlp":
@@ -171,6 +200,18 @@ def target_modules(model: nn.Module, targets: str) -> list[str]:
                 "of the one cannot be merged without changing the other"
             )
     return _short_names(chosen, [name for name, _ in model.named_modules()])
+
+
+def _text_layers(model: PreTrainedModel, head: nn.Module | None) -> dict[str, nn.Module]:
+    """Name -> linear layer, of the text decoder and the head."""
+    decoder = model.get_decoder()
+    inside = set(model.modules() if decoder is None else decoder.modules()) | {head}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {name: module for name, module in linear.items() if module in inside}
+
+
+def _is_gate(module: nn.Module) -> bool:
+    return min(module.weight.shape) == 1 or "Router" in type(module).__name__
 
 
 def _no_layer(targets: str, layers: list[str]) -> CommandError:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from loku.cli.benchmarks import Benchmark, BenchmarkOptions
-from loku.cli.checks import check_optimizer, check_reporters, check_schedule
+from loku.cli.checks import check_optimizer, check_training
 from loku.cli.data import Tokenised, count_shared
 from loku.cli.errors import CommandError, blaming, warn
 from loku.cli.importance import check_importance, fila_config, row_weights
@@ -77,8 +77,7 @@ def main(argv: list[str]) -> None:
     method = args.unlearning_method()
     measured = method.fila and importance.importance is None  # which compares the two sets, whatever the loss does
     _check_sources(unlearn, (*method.roles, Role.RETAIN) if measured else method.roles)
-    check_schedule(args)
-    check_reporters(args)
+    check_training(args, unlearn.resume)
     outputs = ("adapter", "checkpoint-*", "report")
     run = RunFolder(args.output_dir, unlearn.resume, args.process_index == 0, outputs, model_options)
 
@@ -95,7 +94,7 @@ def main(argv: list[str]) -> None:
     benchmark = Benchmark(benchmark_options, sources, unlearn.forget, unlearn.retain, model)
     settled = as_dict(model_options, data_options, adapter, importance, unlearn)
     run.begin(as_dict(*options), [*settled.keys() - _WHERE, "method", "seed"])
-    state = _row_weights(run, model, data, adapter, importance, tokenizer.pad_token_id, args) if method.fila else None
+    state = _row_weights(run, model, data, adapter, importance, args) if method.fila else None
     with blaming():
         model = get_peft_model(model, lora)
     costs = {}
@@ -126,7 +125,8 @@ def main(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         save_adapter(model, run / "adapter", state_dict)
     # Every process measures what is missing of what the one that writes has logged: a sharded model takes them all.
-    (logged,) = broadcast_object_list([Run.load(run.path).after if trainer.is_world_process_zero() else None])
+    # The results of an earlier end, before the run was given more epochs, are of another adapter.
+    (logged,) = broadcast_object_list([Run.load(run.path).last_evaluation if trainer.is_world_process_zero() else None])
     after = benchmark.complete(trainer.model, logged)
     if trainer.is_world_process_zero():
         _finish(run, after, benchmark.thresholds, trainer, costs)
@@ -167,15 +167,12 @@ def _row_weights(
     data: Data,
     adapter: AdapterOptions,
     options: ImportanceOptions,
-    pad: int,
     args: UnlearnConfig,
 ) -> FilaStateDict:
     """From the file given, or from an earlier start of this run, or computed and kept."""
     if options.importance is None:
         path = run / "importance.safetensors"
-        return row_weights(
-            model, data.forget, data.retain, adapter, options, pad, args.seed, path, not args.disable_tqdm
-        )
+        return row_weights(model, data.forget, data.retain, adapter, options, args.seed, path, not args.disable_tqdm)
     if not Path(options.importance).is_file():
         raise CommandError(f"--importance {options.importance} is no file; `loku importance` writes one")
     with blaming(f"--importance {options.importance}"):

@@ -25,7 +25,9 @@ class LanguageModelCollator:
     by their positions, which `packing_is_exact` finds out, and it must be called with ``use_cache=False``.
 
     Args:
-        pad_token_id: any token of the vocabulary; it is never scored.
+        pad_token_id: any token of the vocabulary, which is neither scored nor attended to; the batch's first token if
+            None. A tokenizer's own token for padding need not be one of the model's, and some models' backward pass
+            divides zero by zero where nothing but a token of zeros is seen.
         row_tokens: most tokens in a row. Positions begin anew, so it may exceed the model's context.
 
     Raises:
@@ -33,13 +35,14 @@ class LanguageModelCollator:
             than row_tokens.
     """
 
-    pad_token_id: int
+    pad_token_id: int | None = None
     row_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pad_token_id, int):
+        if not isinstance(self.pad_token_id, int | None):
             raise ValueError(
-                f"pad_token_id must be a token id (the end-of-sequence token's, say), got {self.pad_token_id!r}"
+                "pad_token_id must be a token id (the end-of-sequence token's, say), or None for the batch's first, "
+                f"got {self.pad_token_id!r}"
             )
         if self.row_tokens is not None and self.row_tokens < 1:
             raise ValueError(f"row_tokens must be positive or None, got {self.row_tokens}")
@@ -53,7 +56,8 @@ class LanguageModelCollator:
         lengths = _lengths(examples)
         rows = [[s] for s in range(len(examples))] if self.row_tokens is None else first_fit(lengths, self.row_tokens)
         shape = len(rows), max(sum(lengths[s] for s in row) for row in rows)
-        input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE_INDEX)
+        pad = int(examples[0]["input_ids"][0]) if self.pad_token_id is None else self.pad_token_id
+        input_ids, labels = torch.full(shape, pad), torch.full(shape, IGNORE_INDEX)
         position_ids, numbers = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
         for r, row in enumerate(rows):
             start = 0
@@ -95,7 +99,7 @@ class UnlearningCollator:
             token to score.
     """
 
-    pad_token_id: int
+    pad_token_id: int | None = None
     row_tokens: int | None = None
 
     def __post_init__(self) -> None:

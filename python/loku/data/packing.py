@@ -42,7 +42,7 @@ def _measure(model: nn.Module) -> bool:
         """(2, tokens, vocabulary) of ``second``, after ``before`` in its row."""
         if packed:
             sequences = [tokens for pair in zip(before, second, strict=True) for tokens in pair]
-            batch = LanguageModelCollator(0, 2 * _TOKENS)([{"input_ids": s, "labels": s} for s in sequences])
+            batch = LanguageModelCollator(row_tokens=2 * _TOKENS)([{"input_ids": s, "labels": s} for s in sequences])
             inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
         else:
             inputs = {"input_ids": torch.tensor([b + s for b, s in zip(before, second, strict=True)])}

@@ -53,7 +53,7 @@ def sequence_losses(
     longest, context = max((len(example["input_ids"]) for example in examples), default=0), context_length(model)
     if context is not None and longest > context:
         raise ValueError(f"an example has {longest} tokens, more than the model's context of {context}")
-    collate = UnlearningCollator(pad_token_id=0)
+    collate = UnlearningCollator()
     total = torch.zeros(len(examples), dtype=torch.float64)
     tokens = torch.zeros(len(examples), dtype=torch.int64)
     scorer = Scorer(model)

@@ -20,7 +20,7 @@ from loku.fila.relative_importance import row_weights
 from loku.fila.state import FilaStateDict
 from loku.fila.targets import check_whole, lora_layers
 from loku.head import HeadRefused, head_refusal, hidden_states
-from loku.inference import without_dropout
+from loku.inference import adapter_off, without_dropout
 from loku_kernels import fused_linear_cross_entropy
 from loku_kernels.fisher_accumulator import FisherAccumulator, NoLabelsError, sum_of_token_losses
 
@@ -74,7 +74,7 @@ def get_fila_state_dict(
     accumulators = {which: FisherAccumulator(base, names, config.granularity, **settings) for which in data}
     passes = accumulators["forget"].passes
     _check_passes(data, passes, config.memory_budget)
-    as_base_model = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    as_base_model = adapter_off(model) if isinstance(model, PeftModel) else nullcontext()
     if checkpoint is not None:
         checkpoint.load_finished(state)
     with as_base_model, without_dropout(model), accumulators["forget"] as forget, accumulators["retain"] as retain:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def row_weights(
     """Row weights d (out,), float32, of one module from its Fisher information on the forget and the retain set.
 
     d_i = sqrt(sum_j R_ij) with R = F_f / (e + F_r), and e = eps, or eps * mean(F_r) with eps_mode "relative". Sums
-    are taken in float64. R is never held: a float64 copy of at most 4M elements is.
+    are taken in float64. R is never held: two float64 copies of at most 4M elements are.
 
     Args:
         forget, retain: (out, in), as a `FisherAccumulator` gives them: rows are output features, whatever the layout of
@@ -34,17 +36,18 @@ def row_weights(
             f"set and {tuple(retain.shape)} for the retain set"
         )
     for data, fisher in (("forget", forget), ("retain", retain)):
-        if not bool((torch.isfinite(fisher) & (fisher >= 0)).all()):
+        least, largest = map(float, fisher.aminmax())
+        if not 0 <= least <= largest < math.inf:
             raise ValueError(f"the {data} Fisher of {name} has a negative, infinite or NaN entry")
-        if not bool(fisher.any()):
+        if largest == 0:
             raise ValueError(
                 f"the {data} Fisher of {name} is zero everywhere: the {data} data never reached this module. "
                 "Leave it out of the adapter's target_modules, or check the data and its labels"
             )
-    if eps_mode == "relative":
-        eps = eps * float(retain.double().mean())
     weights = forget.new_empty(len(forget), dtype=torch.float32)
     height = max(1, _CHUNK_ELEMENTS // forget.shape[1])
+    if eps_mode == "relative":
+        eps = eps * sum(float(r.double().sum()) for r in retain.split(height)) / retain.numel()
     for f, r, d in zip(forget.split(height), retain.split(height), weights.split(height), strict=True):
         d.copy_(f.double().div_(r.double().add_(eps)).sum(dim=1).sqrt_())
     return weights

@@ -22,7 +22,7 @@ class FilaStateDict(dict[str, Tensor]):
 
     Attributes:
         fingerprints: module name -> fingerprint of the weight that it was computed for; checked when it is used.
-        importance: how it was computed (eps, eps_mode, granularity), for the record.
+        importance: how it was computed (eps, eps_mode, granularity), and by a command of which sets, for the record.
     """
 
     def __init__(

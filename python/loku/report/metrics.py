@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ _KNOWN = (  # (pattern, label, role, better), in the order of tables and plots
     (r"ma", "MA", "forgetting", "lower"),
     (r"forget_rouge\w*", "Forget ROUGE-L", "forgetting", "lower"),
     (r"forget_prob(ability)?", "Forget probability", "forgetting", "lower"),
+    (r"forget_loss", "Forget loss", "forgetting", "higher"),
     (r"log10_forget_quality", "log₁₀ forget quality", "forgetting", "higher"),
     (r"model_utility", "Model utility", "utility", "higher"),
     (r"perplexity|(.+) perplexity", "Perplexity", "utility", "lower"),
@@ -94,3 +96,10 @@ def _style(value: float) -> str:
         return ".1e"
     decimals = next((decimals for bound, decimals in ((1, 3), (100, 2), (1000, 1)) if size < bound), 0)
     return f",.{decimals}f"
+
+
+def evidence(metrics: Iterable[Metric]) -> list[Metric]:
+    """What a report shows first: the loss on the forget set only where nothing else tells of forgetting."""
+    found = [m for m in metrics if m.role != "other"]
+    has_better = any(m.role == "forgetting" and m.key != "forget_loss" for m in found)
+    return [m for m in found if m.key != "forget_loss" or not has_better]

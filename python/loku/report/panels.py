@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from loku.report import bars, curves
 from loku.report.grouping import Group
-from loku.report.metrics import Metric, cost_label, metric, ordered
+from loku.report.metrics import Metric, cost_label, evidence, metric, ordered
 from loku.report.style import style, svg, unwritable
 
 
@@ -103,7 +103,7 @@ def _logged(groups: Sequence[Group]) -> set[str]:
 
 
 def _of_role(keys: set[str], role: str) -> list[Metric]:
-    return [m for m in ordered(keys) if m.role == role]
+    return [m for m in evidence(ordered(keys)) if m.role == role]
 
 
 def _any_path(groups: Sequence[Group], across: Metric, up: Metric) -> bool:

@@ -102,9 +102,14 @@ class Run:
     @property
     def after(self) -> dict[str, float]:
         """Metrics of the unlearned model: from the results, else the last that were logged after step 0."""
+        return self._from_results("after") or self.last_evaluation
+
+    @property
+    def last_evaluation(self) -> dict[str, float]:
+        """The metrics that were last logged after step 0."""
         evaluations = self.evaluations
         last = max(evaluations, default=0)
-        return self._from_results("after") or (evaluations[last] if last > 0 else {})
+        return evaluations[last] if last > 0 else {}
 
     @property
     def thresholds(self) -> dict[str, float]:

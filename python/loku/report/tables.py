@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from loku.report.grouping import Group, Statistic, differing_settings, group_runs
-from loku.report.metrics import ABSENT, Metric, cost_label, ordered, show
+from loku.report.metrics import ABSENT, Metric, cost_label, evidence, ordered, show
 from loku.report.run import Run
 
 
@@ -70,7 +70,7 @@ def all_tables(groups: Sequence[Group]) -> list[Table]:
 
 
 def results_table(groups: Sequence[Group]) -> Table:
-    metrics = [m for m in _metrics(groups) if m.role != "other"]
+    metrics = evidence(_metrics(groups))
     arrows = {"lower": " ↓", "higher": " ↑", None: ""}
     header = ["Run", "Runs", *(m.label + arrows[m.better] for m in metrics)]
     rows = [[group.label, _count(group), *_before_after(group, metrics)] for group in groups]
@@ -78,7 +78,7 @@ def results_table(groups: Sequence[Group]) -> Table:
 
 
 def others_table(groups: Sequence[Group]) -> Table:
-    metrics = [m for m in _metrics(groups) if m.role == "other"]
+    metrics = [m for m in _metrics(groups) if m not in evidence(_metrics(groups))]
     rows = [[group.label, *_before_after(group, metrics)] for group in groups]
     return Table("Other metrics, before → after", ["Run", *(m.label for m in metrics)], rows)
 

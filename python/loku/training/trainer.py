@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -21,7 +19,7 @@ from loku.data.collate import sequences_of
 from loku.data.examples import scored_length
 from loku.fila.stored_form import fila_adapters, has_fila
 from loku.files import writing
-from loku.inference import context_length, evaluation_mode
+from loku.inference import adapter_off, context_length, evaluation_mode
 from loku.training.callbacks import EvaluationCallback, TrainingIsOver
 from loku.training.checkpoints import checkpoint_fault, last_whole_checkpoint
 from loku.training.config import UnlearnConfig
@@ -87,17 +85,19 @@ class UnlearningTrainer(Trainer):
         pairs = _pairs(self.method, given, args.data_seed)
         longest = _check_lengths(model, _training_sets(pairs) | _evaluation_sets(self.method, options))
         _check_adapter(model, self.method)
+        _check_batch(args, len(pairs))
         if args.n_gpu > 1:
             logger.warning(f"Using one of {args.n_gpu} GPUs: a packed batch cannot be split; launch with torchrun.")
             args._n_gpu = 1
         super().__init__(model, args, train_dataset=pairs, **options)
         _check_sharding(self.accelerator.state, has_fila(model))
-        self.model_accepts_loss_kwargs = True  # transformers before 5 reads that the loss is scaled from this
+        self.model_accepts_loss_kwargs = (
+            True  # whatever the model's forward takes: items are counted, and the loss scaled
+        )
         with self.accelerator.autocast():
             self.scorer = Scorer(self.model, args.chunk_bytes)
             row_tokens = _row_tokens(self.model, args, longest)
-        # Padding is never scored, nor attended to; a tokenizer's own token for it need not be one of the model's.
-        self.data_collator = UnlearningCollator(0, row_tokens)
+        self.data_collator = UnlearningCollator(row_tokens=row_tokens)
         self._warn_of_repeated(len(pairs))
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
@@ -216,7 +216,7 @@ class UnlearningTrainer(Trainer):
 
     @torch.no_grad()
     def _reference(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Scores:
-        with evaluation_mode(model), _adapter_off(self.model):
+        with evaluation_mode(model), adapter_off(self.model):
             return self.scorer(model, inputs)
 
 
@@ -241,18 +241,6 @@ class _Beginnings(TrainerCallback):
         self.pairs.set_epoch(int(state.epoch or 0))
         if state.global_step >= state.max_steps:
             raise TrainingIsOver
-
-
-@contextmanager
-def _adapter_off(model: PeftModel):
-    """The base model inside. PEFT makes all adapter weights trainable afterwards, so that is put back too."""
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, was in trainable.items():
-            parameter.requires_grad_(was)
 
 
 def _check_options(args: UnlearnConfig, options: Mapping[str, Any]) -> None:
@@ -297,6 +285,15 @@ def _sequences(method: Method, items: Sequence[Mapping[Role, Example]]) -> Itera
         roles, examples = zip(*sequences_of([items[i]]), strict=True)
         method.check_roles(set(roles))
         yield from examples
+
+
+def _check_batch(args: UnlearnConfig, pairs: int) -> None:
+    at_once = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and pairs < at_once:
+        raise ValueError(
+            f"dataloader_drop_last would leave nothing to train on: there are {pairs} pairs, but the batches of all "
+            f"processes have {at_once}"
+        )
 
 
 def _check_lengths(model: nn.Module, sets: Mapping[str, Iterable[Example]]) -> int:
