@@ -366,3 +366,13 @@ def test_evaluation_goes_on_where_it_was_broken_off(
     loku(*words, "--output_dir", broken, "--resume")
     assert len(calls) == rest
     assert results(broken) == results(tmp_path / "unbroken")
+
+
+def test_a_run_given_more_steps_reports_what_it_ends_with(workshop, loku, folder, no_plots):
+    words = workshop.unlearn("gd", folder, "--save_strategy", "steps", "--save_steps", "1", "--learning_rate", "1e-2")
+    loku(*words, "--max_steps", "2")
+    first = results(folder)["after"]
+    loku(*words, "--max_steps", "6", "--resume")
+    last = [line for line in logged(folder) if "eval_forget_loss" in line][-1]
+    assert results(folder)["steps"] == last["step"] == 6
+    assert results(folder)["after"]["forget_loss"] == last["eval_forget_loss"] != first["forget_loss"]

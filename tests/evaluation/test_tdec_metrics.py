@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from small_models import FAMILIES, VOCABULARY, build, token_ids
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from loku.evaluation import (
     TdecThresholds,
@@ -20,7 +27,7 @@ from loku.evaluation import (
     tdec_thresholds,
 )
 from loku.evaluation.extraction import common_ngrams, first_error
-from loku.evaluation.greedy import GreedyReader
+from loku.evaluation.greedy import GreedyReader, check_cache
 
 _SIZES = {
     "hidden_size": 32,
@@ -216,3 +223,9 @@ def test_both_thresholds_must_be_reached():
 def test_bad_input_is_refused(input_ids, n, said):
     with pytest.raises(ValueError, match=said):
         extraction_likelihood(build("gpt_neo"), input_ids, n)
+
+
+def test_a_model_without_keys_and_values_is_refused_before_it_is_measured():
+    config = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match="keeps no"):
+        check_cache(MambaForCausalLM(config))

@@ -29,6 +29,7 @@ from loku.evaluation import (
     sequence_losses,
     tdec_thresholds,
 )
+from loku.evaluation.greedy import check_cache
 from loku.evaluation.tofu import SOURCES
 
 TOFU_FORGET_SPLITS = ("forget01", "forget05", "forget10")
@@ -95,6 +96,8 @@ class Benchmark:
         self.retain_log = None if options.retain_log is None else tofu_log(options.retain_log)
         self.goal = None
         if options.benchmark == "tdec":
+            with blaming("--benchmark tdec"):
+                check_cache(model)
             self.sequences = sequences_of(self.examples["forget"], forget)
             self.goal, self.first = self._goal(model), True
         elif options.benchmark == "tofu":

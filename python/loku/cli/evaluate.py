@@ -27,6 +27,7 @@ from loku.evaluation import (
     memorization_accuracy,
     perplexity,
 )
+from loku.evaluation.greedy import check_cache
 from loku.evaluation.harness import import_lm_eval
 
 _SEQUENCES = 32  # measured between two writings
@@ -88,6 +89,8 @@ def _tofu(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRun, run
 def _tdec(model: PreTrainedModel, sources: Tokenised, evaluate: EvaluateRun, run: RunFolder) -> Measure:
     if evaluate.forget is None:
         raise CommandError("--forget is required: the sequences, such as tdec[0:32]")
+    with blaming("--benchmark tdec"):
+        check_cache(model)
     sequences = sequences_of(sources.examples(evaluate.forget), evaluate.forget)
 
     def measure() -> dict[str, float]:

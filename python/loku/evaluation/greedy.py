@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from loku.head import hidden_states, run
-from loku.inference import context_length, tokens_at_once
+from loku.inference import context_length, evaluation_mode, tokens_at_once
 from loku.training.scores import Scorer
 from loku_kernels import fused_cross_entropy, fused_linear_cross_entropy
 
@@ -98,6 +98,15 @@ class GreedyReader:
     def _parts(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         tokens = tokens_at_once(self.model, holds_logits=not self.from_hidden)
         return input_ids.split(max(1, tokens // input_ids.shape[1]))
+
+
+def check_cache(model: nn.Module) -> None:
+    """Raises ValueError unless every layer of the model keeps all tokens' keys and values; asks it with four tokens."""
+    try:
+        with evaluation_mode(model) as device:
+            GreedyReader(model).predictions_and_cache(torch.arange(4, device=device)[None])
+    except IndexError as error:  # of models with layers of another kind
+        raise ValueError(f"model ({type(model).__name__}) keeps no keys and values in some of its layers") from error
 
 
 def cache_bytes(cache: KeyValues) -> int:
