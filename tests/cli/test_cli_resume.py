@@ -321,6 +321,8 @@ def test_a_run_cannot_go_on_with_another_adapter_or_other_data(workshop, refused
     start(words, stop_before=2)
     before = (folder / "config.yaml").read_text()
     assert "began with rank = 4, and cannot go on with 8" in refused(*words, "--resume", "--rank", "8")
+    line = refused(*words, "--resume", "--retain_weight", "50")
+    assert "began with retain_weight = None, and cannot go on with 50.0" in line
     assert "began with method = ihl" in refused(*words, "--resume", "--method", "gd")
     assert "holds a run already" in refused(*words) and (folder / "config.yaml").read_text() == before
 

@@ -11,7 +11,7 @@ from loku.cli.data import Tokenised
 from loku.cli.errors import CommandError, blaming
 from loku.cli.models import held_whole, load_model, load_tokenizer, mend_generation_config, model_from_config
 from loku.cli.options import DataOptions, ModelOptions, as_dict, option, parse
-from loku.cli.run_folder import RunFolder, costs_of
+from loku.cli.run_folder import TRAINING_SETTLED, RunFolder, costs_of
 from loku.evaluation import perplexity
 from loku.files import filling
 from loku.report import Run
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     sources = Tokenised.of(data_options, tokenizer, model)
     examples = [example for source in finetune.train for example in sources.examples(source)]
     settled = as_dict(model_options, data_options, finetune)
-    run.begin(as_dict(*options), [*settled.keys() - {"data_dir", "resume"}, "seed"])
+    run.begin(as_dict(*options), [*settled.keys() - {"data_dir", "resume"}, *TRAINING_SETTLED])
     args.include_num_input_tokens_seen = "non_padding"  # which the command line cannot say
     with blaming():
         trainer = UnlearningTrainer(

@@ -28,6 +28,9 @@ _BEGINNING = ("config.yaml", "versions.json")
 _RECORDS = ("versions.json", "metrics.jsonl", "results.json")
 _PACKAGES = ("loku-kernels", "torch", "transformers", "peft", "accelerate", "triton")
 
+# Of `UnlearnConfig`, what makes a training another one: a checkpoint's schedule goes on at its own learning rate.
+TRAINING_SETTLED = ("method", "seed", "data_seed", "learning_rate", "retain_weight", "beta", "gamma")
+
 
 class RunFolder:
     """A command's folder: config.yaml, versions.json, metrics.jsonl, results.json, checkpoints, adapter/.

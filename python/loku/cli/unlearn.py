@@ -30,7 +30,7 @@ from loku.cli.options import (
     option,
     parse,
 )
-from loku.cli.run_folder import RunFolder, costs_of
+from loku.cli.run_folder import TRAINING_SETTLED, RunFolder, costs_of
 from loku.data import Example, Role
 from loku.fila import FilaStateDict, initialize_lora_fila_weights, save_fila_adapter
 from loku.fila.stored_form import has_fila
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
     lora = lora_config(model, adapter)
     benchmark = Benchmark(benchmark_options, sources, unlearn.forget, unlearn.retain, model)
     settled = as_dict(model_options, data_options, adapter, importance, unlearn)
-    run.begin(as_dict(*options), [*settled.keys() - _WHERE, "method", "seed"])
+    run.begin(as_dict(*options), [*settled.keys() - _WHERE, *TRAINING_SETTLED])
     state = _row_weights(run, model, data, adapter, importance, args) if method.fila else None
     with blaming():
         model = get_peft_model(model, lora)
