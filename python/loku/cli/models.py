@@ -74,6 +74,8 @@ def _merged(model: PeftModel) -> PreTrainedModel:
 def mend_generation_config(model: PreTrainedModel) -> None:
     """Some models were published with settings of sampling but without do_sample, which can be loaded, not saved."""
     config = model.generation_config
+    if config is None:  # of a model that does not generate
+        return
     try:
         config.validate(strict=True)
     except ValueError:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from loku.cli.errors import CommandError, warn
+from loku.cli.errors import CommandError, blaming, warn
 from loku.cli.options import ModelOptions
 from loku.cli.settings_files import dump, read_mapping
 from loku.fila.progress import peak_memory
@@ -117,7 +117,8 @@ class RunFolder:
 
     def lines(self) -> list[dict[str, Any]]:
         """The metrics so far, in order."""
-        return read_json_lines(self / "metrics.jsonl")
+        with blaming():
+            return read_json_lines(self / "metrics.jsonl")
 
     def add_line(self, metrics: Mapping[str, Any]) -> None:
         write_json_lines(self / "metrics.jsonl", [*self.lines(), metrics])

@@ -78,7 +78,9 @@ def results_table(groups: Sequence[Group]) -> Table:
 
 
 def others_table(groups: Sequence[Group]) -> Table:
-    metrics = [m for m in _metrics(groups) if m not in evidence(_metrics(groups))]
+    metrics = _metrics(groups)
+    shown = evidence(metrics)
+    metrics = [m for m in metrics if m not in shown]
     rows = [[group.label, *_before_after(group, metrics)] for group in groups]
     return Table("Other metrics, before → after", ["Run", *(m.label for m in metrics)], rows)
 

@@ -85,26 +85,29 @@ class UnlearningTrainer(Trainer):
         pairs = _pairs(self.method, given, args.data_seed)
         longest = _check_lengths(model, _training_sets(pairs) | _evaluation_sets(self.method, options))
         _check_adapter(model, self.method)
-        _check_batch(args, len(pairs))
         if args.n_gpu > 1:
             logger.warning(f"Using one of {args.n_gpu} GPUs: a packed batch cannot be split; launch with torchrun.")
             args._n_gpu = 1
         super().__init__(model, args, train_dataset=pairs, **options)
         _check_sharding(self.accelerator.state, has_fila(model))
-        self.model_accepts_loss_kwargs = (
-            True  # whatever the model's forward takes: items are counted, and the loss scaled
-        )
+        self.model_accepts_loss_kwargs = True  # whatever its forward takes: the trainer counts items for the loss
         with self.accelerator.autocast():
             self.scorer = Scorer(self.model, args.chunk_bytes)
             row_tokens = _row_tokens(self.model, args, longest)
         self.data_collator = UnlearningCollator(row_tokens=row_tokens)
-        self._warn_of_repeated(len(pairs))
+        self._check_batches(len(pairs))
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
         self.add_callback(_Beginnings(pairs, self._parts))
 
-    def _warn_of_repeated(self, pairs: int) -> None:
+    def _check_batches(self, pairs: int) -> None:
+        """Raises ValueError if no batch would be left; warns of pairs that come twice."""
         at_once = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        if self.args.dataloader_drop_last and pairs < at_once:
+            raise ValueError(
+                f"dataloader_drop_last would leave nothing to train on: there are {pairs} pairs, but the "
+                f"batches of all processes have {at_once}"
+            )
         repeated = 0 if self.accelerator.num_processes == 1 or self.args.dataloader_drop_last else -pairs % at_once
         if repeated:
             logger.warning(
@@ -285,15 +288,6 @@ def _sequences(method: Method, items: Sequence[Mapping[Role, Example]]) -> Itera
         roles, examples = zip(*sequences_of([items[i]]), strict=True)
         method.check_roles(set(roles))
         yield from examples
-
-
-def _check_batch(args: UnlearnConfig, pairs: int) -> None:
-    at_once = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and pairs < at_once:
-        raise ValueError(
-            f"dataloader_drop_last would leave nothing to train on: there are {pairs} pairs, but the batches of all "
-            f"processes have {at_once}"
-        )
 
 
 def _check_lengths(model: nn.Module, sets: Mapping[str, Iterable[Example]]) -> int:
